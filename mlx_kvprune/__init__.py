@@ -1,0 +1,24 @@
+"""mlx-kvprune: long documents and long reasoning with mlx-lm inside a KV cache of fixed size."""
+
+from __future__ import annotations
+
+from mlx_kvprune import blas
+
+blas.preload()  # must come before the first import of mlx.core; does nothing on macOS
+
+from mlx_kvprune.attach import attach, detach, make_cache  # noqa: E402
+from mlx_kvprune.cache import PrunedKVCache  # noqa: E402
+from mlx_kvprune.report import CacheReport, report  # noqa: E402
+from mlx_kvprune.settings import CacheSettings  # noqa: E402
+
+__version__ = "0.1.0"
+__all__ = [
+    "CacheReport",
+    "CacheSettings",
+    "PrunedKVCache",
+    "__version__",
+    "attach",
+    "detach",
+    "make_cache",
+    "report",
+]

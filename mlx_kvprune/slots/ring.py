@@ -1,0 +1,51 @@
+"""The hot ring: the newest tokens of one layer, dense over heads, in the model's own type."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+
+@dataclass
+class Ring:
+    """The newest ``count`` tokens in the order of their positions.
+
+    It is small (``window + block`` tokens), so that every forward call may copy it: an array that a lazy graph still
+    reads is never written, and the big pool beside it is only read.
+
+    Attributes:
+        keys: ``(B, H_kv, count, D)``.
+        values: ``(B, H_kv, count, D_v)``.
+        memory: what the scorer remembers of each token ``(B, H_kv, count)``, float32, or None.
+    """
+
+    keys: mx.array
+    values: mx.array
+    memory: mx.array | None
+
+    @property
+    def count(self) -> int:
+        return self.keys.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        return self.keys.nbytes + self.values.nbytes + (self.memory.nbytes if self.memory is not None else 0)
+
+    def append(self, keys: mx.array, values: mx.array, memory: mx.array | None) -> None:
+        """Add tokens ``(B, H_kv, L, D)`` after the newest."""
+        self.keys = mx.concatenate([self.keys, keys], axis=2)
+        self.values = mx.concatenate([self.values, values], axis=2)
+        if self.memory is not None and memory is not None:
+            self.memory = mx.concatenate([self.memory, memory], axis=2)
+
+    def take_oldest(self, n: int) -> Ring:
+        """Remove and return the oldest ``n`` tokens; what stays does not keep the larger buffer alive."""
+        oldest = Ring(*(_part(x, slice(0, n)) for x in (self.keys, self.values, self.memory)))
+        newest = (_part(x, slice(n, None)) for x in (self.keys, self.values, self.memory))
+        self.keys, self.values, self.memory = (x if x is None else mx.contiguous(x) for x in newest)
+        return oldest
+
+
+def _part(x: mx.array | None, span: slice) -> mx.array | None:
+    return None if x is None else x[:, :, span]
