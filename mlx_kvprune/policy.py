@@ -1,0 +1,89 @@
+"""The table of named policies: a scorer, an allocator, a trigger."""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass, replace
+from typing import Any
+
+from mlx_kvprune import scorers
+from mlx_kvprune.scorers.base import Scorer, options_of
+from mlx_kvprune.settings import CacheSettings
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A named way to bound a cache.
+
+    Attributes:
+        name: what the user types.
+        scorer: the signal, with its default hyper-parameters; None keeps everything.
+        summary: one line for ``mlx-kvprune policies``.
+        block: tokens between two upkeeps (the trigger).
+        window: newest tokens that are never evicted, unless the user says otherwise.
+    """
+
+    name: str
+    scorer: Scorer | None
+    summary: str
+    block: int = 32
+
+
+POLICIES = {
+    p.name: p
+    for p in (
+        Policy("full", None, "keeps everything: mlx-lm's own cache, the control"),
+        Policy("window", scorers.Window(), "sinks and the newest tokens (StreamingLLM), the control to beat"),
+        Policy("random", scorers.Random(), "random tokens, the control that says what a signal is worth"),
+        Policy("knorm", scorers.KNorm(), "keys of small norm"),
+        Policy("keydiff", scorers.KeyDiff(), "keys unlike the others"),
+        Policy("tova", scorers.Tova(), "attention of the last query"),
+        Policy("h2o", scorers.H2O(), "accumulated attention (heavy hitters)"),
+        Policy("snapkv", scorers.SnapKV(), "attention of the last 64 queries, pooled"),
+        Policy("expected_attention", scorers.ExpectedAttention(), "attention that future queries are expected to give"),
+        Policy("rkv", scorers.RKV(), "attention minus redundancy"),
+        Policy("surprise", scorers.Surprise(), "tokens that the model did not expect, with decay (after Titans)"),
+        Policy("probe", scorers.Probe(), "what the question attends to, in spans; needs a question", block=128),
+    )
+}
+
+
+def policy_for(settings: CacheSettings) -> tuple[Policy, CacheSettings]:
+    """The policy that ``settings`` name, its hyper-parameters set, and the settings with the policy's trigger filled in.
+
+    Raises:
+        ValueError: no such policy, or no such hyper-parameter.
+    """
+    policy = find(settings.policy)
+    if settings.block is None:
+        settings = settings.but(block=policy.block)
+    options: dict[str, Any] = dict(settings.options)
+    if policy.scorer is None:
+        return policy, settings
+    known = options_of(policy.scorer)
+    for name in options:
+        if name not in known:
+            raise ValueError(f"[policy] {policy.name} has no option {name!r}; try one of: {', '.join(known) or 'none'}")
+    if "seed" in known:
+        options.setdefault("seed", settings.seed)
+    if "n_sink" in known:
+        options.setdefault("n_sink", settings.n_sink)
+    return replace(policy, scorer=replace(policy.scorer, **options)), settings
+
+
+def find(name: str) -> Policy:
+    """The policy of that name.
+
+    Raises:
+        ValueError: there is none; names the nearest.
+    """
+    if name in POLICIES:
+        return POLICIES[name]
+    near = difflib.get_close_matches(name, POLICIES, n=1)
+    hint = f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(POLICIES)}"
+    raise ValueError(f"[policy] unknown; got {name!r}; try {hint}")
+
+
+def register(policy: Policy) -> None:
+    """Add a policy of your own to the table; it is then known by its name everywhere."""
+    POLICIES[policy.name] = policy

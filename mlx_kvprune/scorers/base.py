@@ -1,0 +1,148 @@
+"""What a scorer sees and what it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import mlx.core as mx
+
+State = dict[str, mx.array]
+
+
+@dataclass(frozen=True)
+class Held:
+    """Everything that one layer holds when slots are chosen: the pool's slots first, then the ring, oldest first.
+
+    Attributes:
+        keys: ``(B, H_kv, S, D)`` as the model rotated them.
+        values: ``(B, H_kv, S, D_v)``.
+        positions: token index of each slot ``(B, H_kv, S)`` int32.
+        memory: what the scorer remembered of each slot ``(B, H_kv, S)`` float32, or None.
+        now: tokens seen; the next token's position.
+        layer: index of the layer.
+        scale: factor of the model's attention logits.
+        rope: the layer's rotary module, or None.
+    """
+
+    keys: mx.array
+    values: mx.array
+    positions: mx.array
+    memory: mx.array | None
+    now: int
+    layer: int
+    scale: float
+    rope: Callable[..., mx.array] | None = None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One attention step: ``L`` new queries.
+
+    Attributes:
+        queries: ``(B, H_q, L, D)`` as the model rotated them.
+        start: position of the first of them.
+        rope: the layer's rotary module, or None.
+    """
+
+    queries: mx.array
+    start: int
+    rope: Callable[..., mx.array] | None = None
+
+
+class Scorer:
+    """Gives every held slot a retention score; higher is kept.
+
+    A method is a frozen dataclass of its hyper-parameters and some of these functions. Sinks, window and pinned tokens
+    are not its business: they never reach the choice.
+
+    Attributes:
+        needs: what must be handed in beside keys and values: ``queries``, ``attention`` (weights), ``logits``,
+            ``question``, ``rope``.
+        memory: whether a number per slot is remembered between steps.
+    """
+
+    needs: ClassVar[frozenset[str]] = frozenset()
+    memory: ClassVar[bool] = False
+
+    def first(self, keys: mx.array, values: mx.array) -> mx.array:
+        """What is remembered of new tokens ``(B, H_kv, L, D)`` -> ``(B, H_kv, L)``; zero unless overridden."""
+        return mx.zeros(keys.shape[:3])
+
+    def attended(self, memory: mx.array, weights: mx.array) -> mx.array:
+        """The memory after a step's attention weights ``(B, H_kv, gqa_factor, L, S)`` -> ``(B, H_kv, S)``."""
+        return memory
+
+    def observe(self, state: State, seen: Seen) -> State:
+        """The layer's state after a step's queries."""
+        return state
+
+    def score(self, held: Held, state: State) -> mx.array:
+        """Retention scores of everything held ``(B, H_kv, S)``, float32."""
+        raise NotImplementedError
+
+    def state_nbytes(self, n_heads: int, head_dim: int) -> int:
+        """Bytes that ``state`` takes for one layer at most, float32 (``n_heads`` query heads)."""
+        return 0
+
+
+def recent(state: State, queries: mx.array, n: int) -> State:
+    """Remember the last ``n`` queries ``(B, H_q, <= n, D)`` under ``queries``, oldest first."""
+    if "queries" in state and queries.shape[2] < n:
+        queries = mx.concatenate([state["queries"], queries], axis=2)
+    return {**state, "queries": mx.contiguous(queries[:, :, -n:])}
+
+
+def attention_of(queries: mx.array, held: Held) -> mx.array:
+    """Causal attention weights of the newest queries over everything held.
+
+    Args:
+        queries: ``(B, H_q, w, D)``, the last at position ``held.now - 1``.
+
+    Returns:
+        ``(B, H_kv, gqa_factor, w, S)`` float32.
+    """
+    batch, n_heads, w, width = queries.shape
+    kv_heads, slots = held.keys.shape[1], held.keys.shape[2]
+    grouped = queries.reshape(batch, kv_heads, -1, width) * held.scale
+    logits = (grouped @ held.keys.swapaxes(-1, -2)).reshape(batch, kv_heads, n_heads // kv_heads, w, slots)
+    at = mx.arange(held.now - w, held.now)[:, None]
+    visible = held.positions[:, :, None, None, :] <= at
+    return mx.softmax(mx.where(visible, logits, -mx.inf).astype(mx.float32), axis=-1)
+
+
+def in_text_order(positions: mx.array, x: mx.array, pool: Callable[[mx.array], mx.array]) -> mx.array:
+    """Apply ``pool`` along the slots in the order of their positions, and put the result back in slot order."""
+    order = mx.argsort(positions, axis=-1)
+    back = mx.argsort(order, axis=-1)
+    return mx.take_along_axis(pool(mx.take_along_axis(x, order, axis=-1)), back, axis=-1)
+
+
+def neighbours(x: mx.array, width: int, fill: float) -> list[mx.array]:
+    """``x`` shifted by ``-(width // 2) .. width // 2`` along the last axis, edges filled: what a 1-D pooling sees."""
+    half, length = width // 2, x.shape[-1]
+    pads = [(0, 0)] * (x.ndim - 1) + [(half, half)]
+    padded = mx.pad(x, pads, constant_values=mx.array(fill, x.dtype))
+    return [padded[..., i : i + length] for i in range(2 * half + 1)]
+
+
+def max_pool(x: mx.array, width: int) -> mx.array:
+    """Running maximum over ``width`` (odd) neighbours."""
+    best, *others = neighbours(x, width, -float("inf"))
+    for other in others:
+        best = mx.maximum(best, other)
+    return best
+
+
+def mean_pool(x: mx.array, width: int) -> mx.array:
+    """Running mean over ``width`` (odd) neighbours; zeros beyond the ends count (torch's ``avg_pool1d``)."""
+    total, *others = neighbours(x, width, 0.0)
+    for other in others:
+        total = total + other
+    return total / width
+
+
+def options_of(scorer: Scorer) -> dict[str, Any]:
+    """The hyper-parameters of a scorer, by name."""
+    return {name: getattr(scorer, name) for name in getattr(scorer, "__dataclass_fields__", {})}

@@ -1,0 +1,48 @@
+"""Importance minus redundancy."""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mlx_kvprune.scorers.base import Held, Scorer, Seen, State, attention_of, in_text_order, max_pool, recent
+
+
+@dataclass(frozen=True)
+class RKV(Scorer):
+    """``score = mix * importance - (1 - mix) * redundancy``.
+
+    Importance: mean attention of the last ``observe`` queries, the largest of the query heads of the KV head, max-pooled
+    over ``kernel`` held neighbours. Redundancy: softmax over the slots of the mean cosine similarity of a key to the
+    other keys, where each key's latest near-duplicate (similarity above ``threshold``) is not held against that
+    duplicate. Quadratic in the slots held. Cai et al. 2025, "R-KV: Redundancy-aware KV Cache Compression for Reasoning
+    Models" (arXiv 2505.24133).
+    """
+
+    last: int = 8
+    kernel: int = 7
+    mix: float = 0.1
+    threshold: float = 0.5
+
+    needs = frozenset({"queries"})
+
+    def observe(self, state: State, seen: Seen) -> State:
+        return recent(state, seen.queries, self.last)
+
+    def score(self, held: Held, state: State) -> mx.array:
+        attention = attention_of(state["queries"], held).mean(axis=3).max(axis=2)
+        importance = in_text_order(held.positions, attention, lambda x: max_pool(x, self.kernel))
+        return self.mix * importance - (1 - self.mix) * redundancy(held.keys, held.positions, self.threshold)
+
+    def state_nbytes(self, n_heads: int, head_dim: int) -> int:
+        return 4 * n_heads * self.last * head_dim
+
+
+def redundancy(keys: mx.array, positions: mx.array, threshold: float) -> mx.array:
+    """How much each key repeats the others ``(B, H_kv, S, D) -> (B, H_kv, S)``; sums to one over the slots."""
+    keys = keys.astype(mx.float32)
+    keys = keys / mx.maximum(mx.linalg.norm(keys, axis=-1, keepdims=True), 1e-8)
+    similar = (keys @ keys.swapaxes(-1, -2)) * (1 - mx.eye(keys.shape[2]))
+    when = mx.where(similar > threshold, positions[:, :, None, :], -1)
+    latest = when.max(axis=-1, keepdims=True)
+    spared = (when == latest) & (latest >= 0)
+    return mx.softmax(mx.where(spared, 0.0, similar).mean(axis=-2), axis=-1)
