@@ -1,0 +1,275 @@
+"""``attach(model, ...)`` and ``detach(model)``: a model of mlx-lm gets bounded caches, and loses them again.
+
+Nothing of a model's forward pass is copied. Three things are put in, and taken out again:
+
+* ``model.make_cache`` on the instance: entries that are plain ``KVCache`` become ``PrunedKVCache``;
+* the classes of the model and of its attention modules: subclasses whose ``__call__`` tells the caches what they need;
+* mlx-lm's ``scaled_dot_product_attention``: calls whose keys are a cache's ``Handle`` go to that cache (``rebind.py``).
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_kvprune import rebind
+from mlx_kvprune.allocators import uniform
+from mlx_kvprune.cache import PrunedKVCache
+from mlx_kvprune.forward import forward, pruned
+from mlx_kvprune.ladder import Rung, find_rung
+from mlx_kvprune.policy import Policy, policy_for
+from mlx_kvprune.rope import find_rope
+from mlx_kvprune.settings import Budget, CacheSettings
+
+SLOT = "_kvprune"  # the attribute of a model that holds its Attachment
+
+
+@dataclass
+class Attachment:
+    """What ``attach`` put into a model.
+
+    Attributes:
+        rung: how much the model can be given, and why not more.
+        settings: of the caches that ``model.make_cache()`` makes; None if only ``make_cache(model)`` was asked for.
+        classes: modules and the classes they had before.
+    """
+
+    rung: Rung
+    settings: CacheSettings | None = None
+    classes: list[tuple[nn.Module, type]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        name = f"{self.rung.name} ({len(self.rung.layers)} layers bounded"
+        name += f", {self.rung.others} left alone)" if self.rung.others else ")"
+        return f"{name}; {self.rung.reason}" if self.rung.reason else name
+
+
+def attach(
+    model: nn.Module,
+    policy: str = "window",
+    budget: int | str | Budget | None = 1024,
+    *,
+    quiet: bool = False,
+    **settings: Any,
+) -> Attachment:
+    """Make ``model.make_cache()`` give bounded caches, so that stock mlx-lm runs bounded.
+
+    Args:
+        model: a model of mlx-lm, as ``mlx_lm.load`` returns it.
+        policy: a name from ``mlx-kvprune policies``.
+        budget: the most that is held: tokens per KV head (``512``), or bytes of all bounded layers (``"64MB"``).
+        quiet: do not print the ladder.
+        settings: further fields of ``CacheSettings`` (``n_sink``, ``window``, ``question`` ...), or options of the policy.
+
+    Returns:
+        The attachment, which says what the model could be given.
+
+    Raises:
+        ValueError: unknown policy, budget too small, or a model that cannot be bounded.
+    """
+    wanted = settings_from(policy=policy, budget=budget, **settings)
+    attachment = _hook(model)
+    try:
+        slots_for(attachment, wanted)
+    except ValueError:
+        if attachment.settings is None:
+            detach(model)
+        raise
+    attachment.settings = wanted
+    model.make_cache = functools.partial(make_from_settings, model, wanted)  # type: ignore[attr-defined]
+    if not quiet:
+        print(f"[mlx-kvprune] {_type_of(model)}: {attachment}; policy {policy}, budget {wanted.budget}", file=sys.stderr)
+    return attachment
+
+
+def detach(model: nn.Module) -> None:
+    """Restore the model, its modules and mlx-lm's names to what they were. Does nothing if nothing was attached."""
+    attachment = model.__dict__.pop(SLOT, None)
+    if attachment is None:
+        return
+    model.__dict__.pop("make_cache", None)
+    for module, original in attachment.classes:
+        module.__class__ = original
+    rebind.release()
+
+
+def make_cache(
+    model: nn.Module, policy: str = "window", budget: int | str | Budget | None = 1024, **settings: Any
+) -> list[Any]:
+    """A list of caches for one conversation, whatever ``model.make_cache()`` gives; arguments as in ``attach``."""
+    wanted = settings_from(policy=policy, budget=budget, **settings)
+    _hook(model)
+    return make_from_settings(model, wanted)
+
+
+def settings_from(**named: Any) -> CacheSettings:
+    """``CacheSettings`` from its own fields and, under any other name, options of the policy."""
+    known = CacheSettings.__dataclass_fields__
+    own = {name: value for name, value in named.items() if name in known and name != "options"}
+    options = {**dict(named.get("options", ())), **{k: v for k, v in named.items() if k not in known}}
+    settings = CacheSettings(**own, options=tuple(sorted(options.items())))
+    return policy_for(settings)[1]
+
+
+def make_from_settings(model: nn.Module, settings: CacheSettings) -> list[Any]:
+    """The model's own list of caches, every plain ``KVCache`` replaced by a bounded one."""
+    attachment: Attachment = model.__dict__[SLOT]
+    policy, settings = policy_for(settings)
+    if policy.scorer is None:
+        return _stock_caches(model)
+    slots, dense = slots_for(attachment, settings), attachment.rung.name == "uniform"
+    return _replaced(model, lambda layer: PrunedKVCache(settings, slots, layer, dense))
+
+
+def slots_for(attachment: Attachment, settings: CacheSettings) -> int | None:
+    """Slots per KV head that the settings' budget gives this model.
+
+    Raises:
+        ValueError: the budget is too small, or the policy needs what this model cannot give.
+    """
+    policy, settings = policy_for(settings)
+    if policy.scorer is None:
+        return None
+    _check_policy(attachment.rung, policy, settings)
+    shapes = [layer.shape for layer in attachment.rung.layers]
+    states = [policy.scorer.state_nbytes(s.n_heads, s.key_dim) for s in shapes]
+    return uniform(shapes, settings, policy.scorer.memory, states)
+
+
+def attachment_of(model: nn.Module) -> Attachment | None:
+    """What ``attach`` put into the model, or None."""
+    return model.__dict__.get(SLOT)
+
+
+# -- what is put in --------------------------------------------------------------------------------------------------
+
+
+def _hook(model: nn.Module) -> Attachment:
+    """Put the subclasses in and bind the names, once per model."""
+    if SLOT in model.__dict__:
+        return model.__dict__[SLOT]
+    if not isinstance(model, nn.Module) or not hasattr(model, "layers"):
+        raise ValueError(f"[attach] not a model of mlx-lm; got {type(model).__name__}; try mlx_lm.load(path)[0]")
+    rebind.acquire()
+    rung = find_rung(model, lambda fn: _replaced(model, fn))
+    if rung.name == "refuse":
+        rebind.release()
+        raise ValueError(f"[attach] {_type_of(model)} cannot be bounded; got {rung.reason}; try another model type")
+    attachment = Attachment(rung)
+    _subclass(model, _stepwise, attachment)
+    for layer in rung.layers:
+        if not any(module is layer.attention for module, _ in attachment.classes):
+            _subclass(layer.attention, _telling, attachment)
+    setattr(model, SLOT, attachment)
+    return attachment
+
+
+def _subclass(module: nn.Module, make: Callable[[type], type], attachment: Attachment) -> None:
+    attachment.classes.append((module, type(module)))
+    module.__class__ = make(type(module))
+
+
+@functools.cache
+def _telling(attention_class: type) -> type:
+    """A subclass of a model's attention that lets the cache know its rotary module while it runs."""
+
+    @functools.wraps(attention_class.__call__)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        bounded = pruned([x for x in (*args, *kwargs.values()) if _is_cache(x)])
+        for cache in bounded:
+            cache.rope = find_rope(self)
+        try:
+            return attention_class.__call__(self, *args, **kwargs)
+        finally:
+            for cache in bounded:
+                cache.rope = None
+
+    return _named_after(attention_class, call)
+
+
+@functools.cache
+def _stepwise(model_class: type) -> type:
+    """A subclass of a model whose forward pass runs in the steps that bounded caches need."""
+    signature = inspect.signature(model_class.__call__)
+    tokens = list(signature.parameters)[1]
+    extra = next((p.name for p in signature.parameters.values() if p.kind is p.VAR_KEYWORD), None)
+
+    @functools.wraps(model_class.__call__)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        named = dict(signature.bind(self, *args, **kwargs).arguments)
+        cache = named.pop("cache", None)
+        if not pruned(cache):
+            return model_class.__call__(self, *args, **kwargs)
+        named |= named.pop(extra, {}) if extra else {}
+        inputs = named.pop(tokens)
+        named.pop(next(iter(signature.parameters)))
+        return forward(functools.partial(model_class.__call__, self), inputs, cache, **named)
+
+    return _named_after(model_class, call)
+
+
+def _named_after(parent: type, call: Callable[..., Any]) -> type:
+    names = {"__call__": call, "__module__": parent.__module__, "__qualname__": parent.__qualname__}
+    return type(parent.__name__, (parent,), names)
+
+
+def _is_cache(x: Any) -> bool:
+    return isinstance(x, PrunedKVCache) or hasattr(x, "caches")
+
+
+def _check_policy(rung: Rung, policy: Policy, settings: CacheSettings) -> None:
+    assert policy.scorer is not None
+    needs = policy.scorer.needs
+    if rung.name == "uniform" and needs & {"attention", "queries"}:
+        raise ValueError(
+            f"[policy] {policy.name} needs the queries, which this model keeps to itself; got {rung.reason}; "
+            "try window, knorm, keydiff, random or surprise"
+        )
+    if "question" in needs and not settings.question:
+        raise ValueError(f"[policy] {policy.name} needs a question; got none; try `ask`, or question=<token ids>")
+    if "rope" in needs and any(_rotates_unseen(layer.attention) for layer in rung.layers):
+        raise ValueError(
+            f"[policy] {policy.name} needs the model's rotary module; got an attention without one; try snapkv"
+        )
+
+
+def _rotates_unseen(attention: nn.Module) -> bool:
+    """Whether an attention has no rotary module that can be found (layers that say so have no positions at all)."""
+    return find_rope(attention) is None and getattr(attention, "use_rope", True)
+
+
+# -- caches ----------------------------------------------------------------------------------------------------------
+
+
+def _stock_caches(model: nn.Module) -> list[Any]:
+    """What the model would give without us."""
+    from mlx_lm.models.cache import KVCache
+
+    if hasattr(type(model), "make_cache"):
+        return type(model).make_cache(model)
+    return [KVCache() for _ in model.layers]
+
+
+def _replaced(model: nn.Module, fn: Callable[[int], Any]) -> list[Any]:
+    """The model's own caches, every plain ``KVCache`` replaced by ``fn(index)``, also inside ``CacheList``."""
+    from mlx_lm.models.cache import CacheList, KVCache
+
+    count = iter(range(1 << 30))
+
+    def swap(cache: Any) -> Any:
+        if type(cache) is CacheList:
+            return CacheList(*(swap(c) for c in cache.caches))
+        return fn(next(count)) if type(cache) is KVCache else cache
+
+    return [swap(c) for c in _stock_caches(model)]
+
+
+def _type_of(model: nn.Module) -> str:
+    return str(getattr(model, "model_type", None) or type(model).__name__)

@@ -1,0 +1,129 @@
+"""Attention over what is held, where it lies."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+Mask = mx.array | str | None
+
+
+@dataclass(frozen=True)
+class View:
+    """What ``L`` new queries may attend to: parts of keys and values, the new tokens last in the last part.
+
+    Attributes:
+        keys: per part ``(B, H_kv, S_part, D)``.
+        values: per part ``(B, H_kv, S_part, D_v)``.
+    """
+
+    keys: tuple[mx.array, ...]
+    values: tuple[mx.array, ...]
+
+
+@dataclass(frozen=True)
+class Attended:
+    """Output ``(B, H_q, L, D_v)`` and, if asked for, weights per part ``(B, H_kv, gqa_factor, L, S_part)``."""
+
+    out: mx.array
+    weights: tuple[mx.array, ...] | None = None
+
+
+def backend(n_parts: int, want_weights: bool) -> tuple[str, str]:
+    """Which implementation serves a view of ``n_parts``, and why: ``(name, reason)``."""
+    if want_weights:
+        return "ops", "the scorer needs attention weights"
+    if n_parts > 1:
+        return "ops", "ring and pool lie apart, and only their scores are concatenated"
+    return "fused", "everything lies in the ring: mx.fast.scaled_dot_product_attention"
+
+
+def attend(
+    queries: mx.array,
+    view: View,
+    *,
+    scale: float,
+    mask: Mask = None,
+    sinks: mx.array | None = None,
+    want_weights: bool = False,
+) -> Attended:
+    """Causal attention of ``L`` new queries over the parts of a view.
+
+    Args:
+        queries: ``(B, H_q, L, D)``.
+        view: what is held and the ``L`` new tokens.
+        scale: factor of the logits.
+        mask: None or ``"causal"``; or an array ``(..., L, L)``, bool or additive, among the new tokens. Held tokens are
+            all older than the queries and visible.
+        sinks: logits of attention sinks ``(H_q,)``, added to the softmax's denominator.
+        want_weights: return the weights as well.
+    """
+    name, _ = backend(len(view.keys), want_weights)
+    if name == "fused" and (mask is None or isinstance(mask, str)):
+        causal = "causal" if queries.shape[2] > 1 else None
+        out = mx.fast.scaled_dot_product_attention(
+            queries, view.keys[0], view.values[0], scale=scale, mask=causal, sinks=sinks
+        )
+        return Attended(out)
+    return attend_ops(queries, view, scale, mask, sinks, want_weights)
+
+
+def attend_ops(
+    queries: mx.array, view: View, scale: float, mask: Mask, sinks: mx.array | None, want_weights: bool
+) -> Attended:
+    """The reference in plain MLX ops: a score product per part, one softmax, a value product per part."""
+    batch, n_heads, n_new, width = queries.shape
+    kv_heads = view.keys[0].shape[1]
+    gqa_factor = n_heads // kv_heads
+    rows = gqa_factor * n_new
+    grouped = (queries * scale).reshape(batch, kv_heads, rows, width)
+    logits = [grouped @ keys.swapaxes(-1, -2) for keys in view.keys]
+    if n_new > 1 or isinstance(mask, mx.array):
+        logits[-1] = _masked(logits[-1].reshape(batch, kv_heads, gqa_factor, n_new, -1), mask).reshape(
+            batch, kv_heads, rows, -1
+        )
+    if sinks is not None:
+        column = sinks.astype(logits[0].dtype).reshape(1, kv_heads, gqa_factor, 1)
+        column = mx.broadcast_to(column, (batch, kv_heads, gqa_factor, n_new))
+        logits.append(column.reshape(batch, kv_heads, rows, 1))
+    weights = mx.softmax(mx.concatenate(logits, axis=-1), axis=-1, precise=True)
+    parts = mx.split(weights, _starts([x.shape[2] for x in view.keys], sinks is not None), axis=-1)
+    parts = parts[: len(view.keys)]
+    out = sum((w @ v for w, v in zip(parts[1:], view.values[1:], strict=True)), parts[0] @ view.values[0])
+    out = out.reshape(batch, n_heads, n_new, -1)
+    if not want_weights:
+        return Attended(out)
+    return Attended(out, tuple(w.reshape(batch, kv_heads, gqa_factor, n_new, -1) for w in parts))
+
+
+def _starts(lengths: list[int], last_too: bool) -> list[int]:
+    """Where ``mx.split`` cuts parts of these lengths."""
+    cuts, total = [], 0
+    for length in lengths if last_too else lengths[:-1]:
+        total += length
+        cuts.append(total)
+    return cuts
+
+
+def _masked(logits: mx.array, mask: Mask) -> mx.array:
+    """Hide what the new queries may not see in the part that ends with the new tokens ``(B, H_kv, G, L, S)``."""
+    n_new, slots = logits.shape[-2:]
+    if not isinstance(mask, mx.array):
+        visible = mx.arange(slots)[None] <= mx.arange(slots - n_new, slots)[:, None]
+        return mx.where(visible, logits, -mx.inf)
+    mask = _per_kv_head(mask, logits.shape)
+    fill = mx.array(True) if mask.dtype == mx.bool_ else mx.array(0.0, mask.dtype)
+    mask = mx.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(slots - n_new, 0)], constant_values=fill)
+    if mask.dtype == mx.bool_:
+        return mx.where(mask, logits, mx.finfo(logits.dtype).min)
+    return logits + mask
+
+
+def _per_kv_head(mask: mx.array, shape: tuple[int, ...]) -> mx.array:
+    """A mask ``(L, L)`` or ``(B, 1 or H_q, L, L)`` in the shape of grouped logits."""
+    if mask.ndim < 4:
+        return mask
+    if mask.shape[1] == 1:
+        return mask[:, :, None]
+    return mask.reshape(mask.shape[0], shape[1], shape[2], *mask.shape[-2:])

@@ -1,0 +1,407 @@
+"""``PrunedKVCache``: one layer's bounded cache, in mlx-lm's contract."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_kvprune.attend import Attended, Mask, View, attend, backend
+from mlx_kvprune.policy import policy_for
+from mlx_kvprune.rope import Rope
+from mlx_kvprune.scorers import Held, Scorer, Seen
+from mlx_kvprune.scorers.base import State
+from mlx_kvprune.settings import CacheSettings
+from mlx_kvprune.slots import Pool, Ring
+
+UNBOUNDED = 1 << 30
+MAX_SEGMENT = 512  # most queries that attend at once: bounds the score matrix
+
+
+@dataclass(eq=False)
+class Handle:
+    """What ``update_and_fetch`` returns in the place of keys: attention finds the cache through it.
+
+    A model may hand it on to later layers that share its keys; those replay the views of the first.
+
+    Attributes:
+        keys: of the new tokens ``(B, H_kv, L, D)``.
+        values: of the new tokens ``(B, H_kv, L, D_v)``.
+        shape: what a dense array of keys would have, ``(B, H_kv, S, D)``.
+        dtype: the keys' type.
+        blocks: which of the new tokens attended to what, once they did.
+    """
+
+    cache: PrunedKVCache
+    keys: mx.array
+    values: mx.array
+    shape: tuple[int, ...]
+    dtype: mx.Dtype
+    blocks: list[tuple[slice, View]] = field(default_factory=list)
+
+    @property
+    def ndim(self) -> int:
+        return 4
+
+
+class PrunedKVCache:
+    """A KV cache of fixed size: a ring of the newest tokens, a pool of the older ones that score best.
+
+    A token is written to the ring. When the ring is full, its oldest ``block`` tokens and the pool's slots compete for
+    the pool's ``slots - ring`` places. This happens at fixed positions of the text, so that the result does not depend on
+    how a prompt was cut into calls.
+
+    ``update_and_fetch`` returns a ``Handle`` that only the attention put in by ``attach`` understands; with
+    ``dense=True`` it returns arrays for models that do their own attention.
+
+    Args:
+        settings: what the user asked for.
+        slots: the most slots per KV head, everything counted; None for no bound.
+        layer: index of the layer.
+        dense: return arrays.
+    """
+
+    def __init__(self, settings: CacheSettings, slots: int | None = None, layer: int = 0, dense: bool = False):
+        policy, self.settings = policy_for(settings)
+        assert policy.scorer is not None, "full is mlx-lm's own cache"
+        if slots is not None:
+            self.settings.check_tokens(slots)
+        self.scorer: Scorer = policy.scorer
+        self.slots = slots
+        self.layer = layer
+        self.dense = dense
+        self.offset = 0  # tokens seen: what the model's rotary embedding reads
+        self.written = 0  # of them, those that are in the ring or have been; behind only inside a forward pass
+        self.ring: Ring | None = None
+        self.pool: Pool | None = None
+        self.signals: State = {}
+        self.scale = 1.0
+        self.n_heads: int | None = None  # query heads, once they were seen
+        self.evicted = False
+        self.probing = False
+        self.nbytes_peak = 0
+        self.rope: Rope = None  # the layer's own, while its forward pass runs
+
+    # -- what mlx-lm calls -------------------------------------------------------------------------------------------
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
+        """Take the keys and values ``(B, H_kv, L, D)`` of new tokens; return what their queries attend to."""
+        self._start(keys, values)
+        if self.dense:
+            return self._update_dense(keys, values)
+        shape = (*keys.shape[:2], self._size_for_next() + keys.shape[2], keys.shape[3])
+        handle = Handle(self, keys, values, shape, keys.dtype)
+        if not self.probing:
+            self.offset += keys.shape[2]
+        return handle, handle
+
+    def _update_dense(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        self.room()
+        view = self._write(keys, values)
+        self.offset = self.written
+        dense = [mx.concatenate(x, axis=2) if len(x) > 1 else x[0] for x in (view.keys, view.values)]
+        self._spill()
+        return dense[0], dense[1]
+
+    def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Mask:
+        """The mask of ``N`` new tokens over what will be held when they come, as mlx-lm's caches make it."""
+        if N == 1 and window_size is None and not return_array:
+            return None
+        if not return_array and window_size is None:
+            return "causal"
+        from mlx_lm.models.base import create_causal_mask
+
+        return create_causal_mask(N, self._size_for_next(), window_size=window_size)
+
+    def size(self) -> int:
+        """Slots held per KV head."""
+        return (self.pool.count if self.pool else 0) + (self.ring.count if self.ring else 0)
+
+    def empty(self) -> bool:
+        return self.ring is None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of everything that stays between forward calls."""
+        parts = (self.ring.nbytes if self.ring else 0, self.pool.nbytes if self.pool else 0)
+        return sum(parts) + sum(x.nbytes for x in self.signals.values())
+
+    @property
+    def nbytes_full(self) -> int:
+        """Bytes that an unpruned cache of the same type would hold for the tokens seen."""
+        if self.ring is None:
+            return 0
+        batch, heads, _, width = self.ring.keys.shape
+        row = (width + self.ring.values.shape[-1]) * self.ring.keys.itemsize
+        return batch * heads * row * self.offset
+
+    def is_trimmable(self) -> bool:
+        """Whether the newest tokens can be taken back exactly: nothing was evicted, no signal saw their queries."""
+        return not self.evicted and not self.scorer.needs
+
+    def trim(self, n: int) -> int:
+        """Forget the newest ``n`` tokens; returns how many were forgotten.
+
+        Raises:
+            ValueError: it would not be exact.
+        """
+        if not self.is_trimmable():
+            raise ValueError(
+                f"[trim] the newest tokens cannot be taken back exactly with policy {self.settings.policy!r} once it has "
+                f"evicted or scored; got {n}; try a fresh cache"
+            )
+        n = min(n, self.offset)
+        if n and self.ring and self.pool:
+            self._forget(n)
+        self.offset = self.written = self.offset - n
+        return n
+
+    @property
+    def state(self) -> tuple[Any, ...]:
+        """Leaves that mlx-lm can evaluate and save."""
+        meta = {
+            "settings": self.settings.to_json(),
+            "slots": self.slots,
+            "layer": self.layer,
+            "dense": self.dense,
+            "evicted": self.evicted,
+            "signals": sorted(self.signals),
+            "count": self.pool.count if self.pool else 0,
+            "peak": self.nbytes_peak,
+        }
+        return (json.dumps(meta), self.offset, self.scale, *self._slots(), *(self.signals[n] for n in meta["signals"]))
+
+    @state.setter
+    def state(self, leaves: tuple[Any, ...]) -> None:
+        meta = json.loads(leaves[0])
+        settings = CacheSettings.from_json(meta["settings"])
+        PrunedKVCache.__init__(self, settings, meta["slots"], meta["layer"], meta["dense"])
+        self.offset, self.scale = leaves[1:3]
+        self.written = self.offset
+        self.evicted, self.nbytes_peak = meta["evicted"], meta["peak"]
+        ring, pool, signals = leaves[3:6], leaves[6:10], leaves[10:]
+        if ring[0] is not None:
+            self.ring = Ring(*ring)
+            self.pool = Pool(self._limit(), meta["count"], *pool)
+        self.signals = dict(zip(meta["signals"], signals, strict=True))
+
+    @classmethod
+    def from_state(cls, state: tuple[Any, ...]) -> PrunedKVCache:
+        """The cache whose ``state`` this was."""
+        cache = cls.__new__(cls)
+        cache.state = state
+        return cache
+
+    # -- attention ---------------------------------------------------------------------------------------------------
+
+    def attend(
+        self, queries: mx.array, handle: Handle, scale: float, mask: Mask = None, sinks: mx.array | None = None
+    ) -> mx.array:
+        """Attention of the queries ``(B, H_q, L, D)`` of the tokens that ``handle`` brought, block by block.
+
+        Each block attends to what is held and to itself; then the scorer is told, and slots are exchanged. Layers that
+        were handed another layer's handle see the same views and change nothing.
+        """
+        if self.probing:
+            return self._attend_probe(queries, handle, scale, mask, sinks)
+        self.scale, self.n_heads = float(scale), queries.shape[1]
+        first, total, outs = not handle.blocks, queries.shape[2], []
+        for span, view in self._write_blocks(handle) if first else handle.blocks:
+            new, weights = queries[:, :, span], first and self._wants_weights
+            among = _among_new(mask, span, total)
+            seen = attend(new, view, scale=scale, mask=among, sinks=sinks, want_weights=weights)
+            outs.append(self._observe(new, seen) if first else seen.out)
+        return outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=2)
+
+    def backend(self) -> tuple[str, str]:
+        """How the next decode step attends, and why."""
+        pool = self.pool is not None and self.pool.count > 0
+        return backend(2 if pool else 1, self._wants_weights)
+
+    def room(self) -> int:
+        """Tokens that can be written now without evicting; evicts once if there is no room.
+
+        While the pool has empty slots, more than the ring's share can be written at once: nothing is scored yet.
+        """
+        if self.ring is None or self.pool is None:
+            return min(MAX_SEGMENT, self.settings.ring_size + self._limit() // self._block * self._block)
+        if self.evicts_next():
+            self.upkeep(self._block)
+        spare = self.settings.ring_size - self.ring.count
+        return min(MAX_SEGMENT, spare + self.pool.free // self._block * self._block)
+
+    def step_room(self) -> int:
+        """Tokens that the next call may bring so that all of them are still in the ring after it."""
+        count = self.ring.count if self.ring else 0
+        return self._block if self.full() else self.settings.ring_size - count
+
+    def full(self) -> bool:
+        """Whether the next token makes slots change hands."""
+        return self.ring is not None and self.ring.count >= self.settings.ring_size
+
+    def upkeep(self, n: int) -> None:
+        """Move the oldest ``n`` tokens of the ring to the pool; where it is full, the lowest scores are overwritten."""
+        assert self.ring is not None and self.pool is not None
+        pool, count = self.pool, self.pool.count
+        if pool.free >= n:
+            positions = self._ring_positions()[:, :, :n]
+            pool.place(self.ring.take_oldest(n), positions, None, None)
+            return
+        held = self._held()
+        scores = self.scorer.score(held, self.signals).astype(mx.float32)
+        scores = mx.where(held.positions < self.settings.n_sink, mx.inf, scores)
+        slots, leaving = slice(0, count), slice(count, count + n)
+        positions = held.positions[:, :, leaving]
+        pool.place(self.ring.take_oldest(n), positions, scores[:, :, slots], scores[:, :, leaving])
+        self.evicted = True
+
+    def evicts_next(self) -> bool:
+        """Whether the next token makes slots be evicted."""
+        return self.full() and self.pool.free < self._block
+
+    def remember_newest(self, memory: mx.array) -> None:
+        """Set what is remembered of the newest ``L`` tokens ``(B, L)``, all of them in the ring, for every KV head."""
+        assert self.ring is not None and self.ring.memory is not None
+        n = memory.shape[1]
+        new = mx.broadcast_to(memory[:, None], (*self.ring.memory.shape[:2], n))
+        self.ring.memory = mx.concatenate([self.ring.memory[:, :, :-n], new], axis=2)
+
+    # -- inside ------------------------------------------------------------------------------------------------------
+
+    @property
+    def _block(self) -> int:
+        assert self.settings.block is not None
+        return self.settings.block
+
+    @property
+    def _wants_weights(self) -> bool:
+        return "attention" in self.scorer.needs and "question" not in self.scorer.needs
+
+    def _limit(self) -> int:
+        return UNBOUNDED if self.slots is None else self.slots - self.settings.ring_size
+
+    def _slots(self) -> tuple[mx.array | None, ...]:
+        if self.ring is None or self.pool is None:
+            return (None,) * 7
+        ring, pool = self.ring, self.pool
+        return (ring.keys, ring.values, ring.memory, pool.keys, pool.values, pool.positions, pool.memory)
+
+    def _start(self, keys: mx.array, values: mx.array) -> None:
+        if self.ring is None:
+            memory = mx.zeros((*keys.shape[:2], 0)) if self.scorer.memory else None
+            self.ring = Ring(keys[:, :, :0], values[:, :, :0], memory)
+            self.pool = Pool.like(self.ring, self._limit())
+
+    def _size_for_next(self) -> int:
+        """Slots per KV head that the next new token will find: fewer than now if it makes slots change hands."""
+        if self.probing or not self.evicts_next():
+            return self.size()
+        return self.size() - self._block + self.pool.free
+
+    def _write_blocks(self, handle: Handle) -> Iterator[tuple[slice, View]]:
+        """Write the new tokens in steps that evict nothing; yields which ones, and what they may attend to."""
+        start, total = 0, handle.keys.shape[2]
+        while start < total:
+            span = slice(start, min(total, start + self.room()))
+            view = self._write(handle.keys[:, :, span], handle.values[:, :, span])
+            handle.blocks.append((span, view))
+            yield span, view
+            self._spill()
+            start = span.stop
+
+    def _write(self, keys: mx.array, values: mx.array) -> View:
+        self.ring.append(keys, values, self.scorer.first(keys, values) if self.scorer.memory else None)
+        self.written += keys.shape[2]
+        return self._view()
+
+    def _spill(self) -> None:
+        """What the ring cannot hold moves on at once."""
+        over = self.ring.count - self.settings.ring_size
+        if over > 0:
+            self.upkeep(-(-over // self._block) * self._block)
+        self.nbytes_peak = max(self.nbytes_peak, self.nbytes)
+
+    def _view(self) -> View:
+        ring, pool = self.ring, self.pool
+        if pool.count == 0:
+            return View((ring.keys,), (ring.values,))
+        used = slice(0, pool.count)
+        return View((pool.keys[:, :, used], ring.keys), (pool.values[:, :, used], ring.values))
+
+    def _held(self) -> Held:
+        view, pool, ring = self._view(), self.pool, self.ring
+        join = lambda old, new: mx.concatenate([old[:, :, : pool.count], new], axis=2)
+        return Held(
+            keys=mx.concatenate(view.keys, axis=2),
+            values=mx.concatenate(view.values, axis=2),
+            positions=join(pool.positions, self._ring_positions()),
+            memory=None if ring.memory is None else join(pool.memory, ring.memory),
+            now=self.written,
+            layer=self.layer,
+            scale=self.scale,
+            rope=self.rope,
+        )
+
+    def _ring_positions(self) -> mx.array:
+        batch, heads, count, _ = self.ring.keys.shape
+        newest = mx.arange(self.written - count, self.written, dtype=mx.int32)
+        return mx.broadcast_to(newest, (batch, heads, count))
+
+    def _observe(self, queries: mx.array, seen: Attended) -> mx.array:
+        """Tell the scorer; what it remembers is tied to the output, so that it is evaluated with the step."""
+        if seen.weights is not None:
+            self._update_memory(self.scorer.attended, seen.weights)
+        if "queries" in self.scorer.needs:
+            step = Seen(queries, self.written - queries.shape[2], self.rope)
+            self.signals = self.scorer.observe(self.signals, step)
+        ties = list(self.signals.values())
+        if seen.weights is not None:
+            ties += [self.ring.memory, self.pool.memory]
+        return mx.depends(seen.out, ties) if ties else seen.out
+
+    def _update_memory(self, update: Callable[[mx.array, mx.array], mx.array], weights: tuple[mx.array, ...]) -> None:
+        """``update(memory, weights)`` for the slots of the pool and of the ring."""
+        *older, newest = weights
+        self.ring.memory = update(self.ring.memory, newest[..., : self.ring.count])
+        if older:
+            used, unused = self.pool.memory[:, :, : self.pool.count], self.pool.memory[:, :, self.pool.count :]
+            self.pool.memory = mx.concatenate([update(used, older[0]), unused], axis=2)
+
+    def _attend_probe(
+        self, queries: mx.array, handle: Handle, scale: float, mask: Mask, sinks: mx.array | None
+    ) -> mx.array:
+        """The question's tokens attend to what is held and to themselves; nothing but the memory changes."""
+        first = not handle.blocks
+        if first:
+            view, join = self._view(), lambda x, new: (*x[:-1], mx.concatenate([x[-1], new], axis=2))
+            view = View(join(view.keys, handle.keys), join(view.values, handle.values))
+            handle.blocks.append((slice(0, queries.shape[2]), view))
+        view = handle.blocks[0][1]
+        seen = attend(queries, view, scale=scale, mask=mask, sinks=sinks, want_weights=first)
+        if seen.weights is not None:
+            self._update_memory(self.scorer.probed, seen.weights)
+        return seen.out
+
+    def _forget(self, n: int) -> None:
+        """Take back the newest ``n`` tokens while every token is still held, in order."""
+        ring, pool, keep = self.ring, self.pool, self.written - n
+        over = max(0, keep - self.settings.ring_size)
+        count = -(-over // self._block) * self._block
+        back = slice(count, pool.count)
+        for name in ("keys", "values", "memory"):
+            held = getattr(ring, name)
+            if held is not None:
+                held = mx.concatenate([getattr(pool, name)[:, :, back], held], axis=2)
+                setattr(ring, name, held[:, :, : keep - count])
+        pool.clear(back)
+
+
+def _among_new(mask: Mask, span: slice, total: int) -> Mask:
+    """The part of a mask over ``total`` new tokens that concerns a span of them."""
+    if not isinstance(mask, mx.array):
+        return mask
+    newest = mask[..., -total:]
+    return newest[..., span, span] if newest.shape[-2] == total else newest[..., span]

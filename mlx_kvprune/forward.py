@@ -1,0 +1,125 @@
+"""A model's own forward pass, in the steps that its bounded caches need."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_map
+
+from mlx_kvprune.cache import PrunedKVCache
+from mlx_kvprune.scorers import Surprise
+
+Call = Callable[..., mx.array]
+
+
+def leaves(caches: Any) -> Iterator[Any]:
+    """The single caches of a (nested) list of caches."""
+    for cache in caches or ():
+        yield from leaves(cache.caches) if hasattr(cache, "caches") else (cache,)
+
+
+def pruned(caches: Any) -> list[PrunedKVCache]:
+    """The bounded ones among ``caches``."""
+    return [c for c in leaves(caches) if isinstance(c, PrunedKVCache)]
+
+
+def forward(call: Call, inputs: mx.array, caches: Any, **kwargs: Any) -> mx.array:
+    """``call(inputs, cache=caches)`` so that slots change hands where they should.
+
+    Most policies need nothing: their layers work block by block inside the attention. Policies that need the logits or
+    a question, and models that do their own attention, are called in steps that end where slots change hands.
+
+    Args:
+        call: the model's own forward pass.
+        inputs: token ids ``(B, L)``.
+        caches: the model's list of caches.
+
+    Returns:
+        Logits ``(B, L, vocab)``.
+    """
+    bounded = pruned(caches)
+    if not bounded:
+        return call(inputs, cache=caches, **kwargs)
+    if not any(c.dense or c.scorer.needs & {"logits", "question"} for c in bounded):
+        settle(bounded)
+        return call(inputs, cache=caches, **kwargs)
+    return _in_steps(call, inputs, caches, bounded, kwargs)
+
+
+def settle(bounded: list[PrunedKVCache]) -> None:
+    """Finish what is under way before slots are overwritten: an array that nobody else reads is written in place.
+
+    The one host synchronisation per ``block`` tokens.
+    """
+    if bounded[0].full():
+        mx.eval([c.state for c in bounded])
+
+
+def _in_steps(call: Call, inputs: mx.array, caches: Any, bounded: list[PrunedKVCache], kwargs: dict) -> mx.array:
+    out, start, total = [], 0, inputs.shape[1]
+    while start < total:
+        if bounded[0].evicts_next() and bounded[0].settings.question:
+            probe(call, caches, bounded)
+        settle(bounded)
+        span = slice(start, min(total, start + bounded[0].step_room()))
+        part = {k: v[:, span] if isinstance(v, mx.array) else v for k, v in kwargs.items()}
+        logits = call(inputs[:, span], cache=caches, **part)
+        if isinstance(bounded[0].scorer, Surprise):
+            note_surprise(bounded, inputs[:, span], logits)
+        if total > 1:
+            mx.eval([c.state for c in leaves(caches)])
+        out.append(logits)
+        start = span.stop
+    return out[0] if len(out) == 1 else mx.concatenate(out, axis=1)
+
+
+def note_surprise(bounded: list[PrunedKVCache], tokens: mx.array, logits: mx.array) -> None:
+    """Write the surprise of ``tokens`` ``(B, L)`` into every layer's memory; keep what the next token needs.
+
+    The surprisal of a token is read off the logits of the token before it: the last row of the last call's logits is
+    kept (once, in the first layer's cache).
+    """
+    first = bounded[0]
+    assert isinstance(first.scorer, Surprise)
+    batch = tokens.shape[0]
+    before = first.signals.get("logits")
+    earlier = logits[:, :-1] if before is None else mx.concatenate([before[:, None], logits[:, :-1]], axis=1)
+    targets = tokens[:, tokens.shape[1] - earlier.shape[1] :]
+    earlier = earlier.astype(mx.float32)
+    picked = mx.take_along_axis(earlier, targets[..., None].astype(mx.int32), axis=-1)[..., 0]
+    surprisal = mx.logsumexp(earlier, axis=-1) - picked
+    if before is None:  # nothing foretold the first token of the text
+        surprisal = mx.concatenate([mx.zeros((batch, 1)), surprisal], axis=1)
+    carried = first.scorer.carried(surprisal, first.signals.get("past", mx.zeros((batch,))))
+    first.signals = {"logits": mx.contiguous(logits[:, -1]), "past": carried[:, -1]}
+    for cache in bounded:
+        cache.remember_newest(carried)
+
+
+def probe(call: Call, caches: Any, bounded: list[PrunedKVCache]) -> None:
+    """Run the question's tokens as temporary queries over what is held; only the scorers' memory changes."""
+    question = mx.array(bounded[0].settings.question)[None]
+    batch = bounded[0].ring.keys.shape[0]
+    others = [c for c in leaves(caches) if not isinstance(c, PrunedKVCache)]
+    before = [_copied(c.state) for c in others]
+    _set_probing(bounded, True)
+    try:
+        out = call(mx.broadcast_to(question, (batch, question.shape[1])), cache=caches)
+        mx.eval(out[:, -1:, :1], [c.state for c in bounded])
+    finally:
+        _set_probing(bounded, False)
+        for cache, state in zip(others, before, strict=True):
+            if state:
+                cache.state = state
+
+
+def _set_probing(bounded: Iterable[PrunedKVCache], on: bool) -> None:
+    for cache in bounded:
+        cache.probing = on
+
+
+def _copied(state: Any) -> Any:
+    """A state whose arrays are objects of their own: caches write into theirs."""
+    return tree_map(lambda x: mx.array(x) if isinstance(x, mx.array) else x, state)

@@ -1,0 +1,190 @@
+"""How much of our storage a model can be given: *ragged*, *uniform*, or a refusal with its reason.
+
+``ragged``   attention goes through us, keys and values stay where they lie, heads may hold different numbers of slots.
+``uniform``  the model does its own attention: it is handed dense arrays, every head holds the same number of slots.
+``refuse``   neither gives the model's own logits.
+
+Which rung holds is not looked up but tried: a few tokens through the model with each kind of cache.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_kvprune.allocators import LayerShape
+from mlx_kvprune.cache import PrunedKVCache
+from mlx_kvprune.forward import forward, pruned
+from mlx_kvprune.settings import Budget, CacheSettings
+
+Make = Callable[[], list[Any]]
+Wrap = Callable[[PrunedKVCache], Any]
+
+# Types whose layers keep a second list of keys that must name the same slots as the first: they cannot be told apart from
+# layers with two attentions by trying.
+INDEXED = {
+    "deepseek_v32": "its indexer picks positions of the main cache",
+    "glm_moe_dsa": "its indexer picks positions of the main cache",
+    "deepseek_v41": "its compressed cache indexes positions",
+    "minimax_m3_vl": "its indexer picks positions of the main cache",
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One bounded layer: the module that does its attention, and what it stores."""
+
+    attention: nn.Module
+    shape: LayerShape
+
+
+@dataclass(frozen=True)
+class Rung:
+    """What was found.
+
+    Attributes:
+        name: ``ragged``, ``uniform`` or ``refuse``.
+        reason: why not a higher one; empty for ``ragged``.
+        layers: the bounded layers in the order of their caches.
+        others: how many caches are left as they are (sliding window, recurrent).
+    """
+
+    name: str
+    reason: str
+    layers: tuple[Layer, ...]
+    others: int
+
+
+class Witness:
+    """Stands in front of a cache while a model is tried, and notes who calls."""
+
+    def __init__(self, cache: PrunedKVCache):
+        self.cache = cache
+        self.caller: nn.Module | None = None
+        self.keys: mx.array | None = None
+        self.values: mx.array | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.cache, name)
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
+        if self.caller is None:
+            self.caller, self.keys, self.values = _calling_module(), keys, values
+        return self.cache.update_and_fetch(keys, values)
+
+    def layer(self) -> Layer:
+        """What was noted."""
+        assert self.caller is not None and self.keys is not None and self.values is not None
+        kv_heads = self.keys.shape[1]
+        n_heads = self.cache.n_heads or kv_heads
+        widths = self.keys.shape[-1], self.values.shape[-1]
+        return Layer(self.caller, LayerShape(n_heads, kv_heads, *widths, self.keys.itemsize))
+
+
+def _calling_module() -> nn.Module | None:
+    """The module whose code called ``update_and_fetch``: the attention."""
+    frame = sys._getframe(2)
+    while frame is not None:
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module):
+            return owner
+        frame = frame.f_back
+    return None
+
+
+def find_rung(model: nn.Module, make: Callable[[Wrap], list[Any]]) -> Rung:
+    """Try the rungs from the top.
+
+    Args:
+        model: a model of mlx-lm, our names bound in its modules.
+        make: ``make(fn)`` is the model's own list of caches, every plain ``KVCache`` replaced by ``fn(layer)``.
+    """
+    untouched = make(lambda layer: None)
+    n_bounded = sum(c is None for c in _flat(untouched))
+    others = sum(c is not None for c in _flat(untouched))
+    if not n_bounded:
+        return Rung("refuse", "no layer has a plain KV cache to bound", (), others)
+    if reason := INDEXED.get(getattr(model, "model_type", "")):
+        return Rung("refuse", reason, (), others)
+    expected = _run(model, make(_stock), settings=None)
+    reasons = []
+    for name, dense in (("ragged", False), ("uniform", True)):
+        try:
+            layers = _try(model, make, dense, expected)
+            return Rung(name, "; ".join(reasons), layers, others)
+        except Exception as error:  # whatever the model's code does with what it is given
+            reasons.append(f"{name}: {_one_line(error)}")
+    return Rung("refuse", "; ".join(reasons), (), others)
+
+
+def _try(model: nn.Module, make: Callable, dense: bool, expected: mx.array) -> tuple[Layer, ...]:
+    """The layers, if all is well; raises otherwise."""
+    roomy = CacheSettings(policy="window", n_sink=1, window=4, block=4)
+    witnesses: list[Witness] = []
+
+    def witness(layer: int) -> Witness:
+        witnesses.append(Witness(PrunedKVCache(roomy, None, layer, dense)))
+        return witnesses[-1]
+
+    difference = _difference(_run(model, make(witness), roomy), expected)
+    if difference > _tolerance(expected.dtype):
+        raise ValueError(f"logits differ from the model's own by {difference:.2g}")
+    layers = tuple(w.layer() for w in witnesses if w.caller is not None)
+    if len(layers) < len(witnesses):
+        raise ValueError("some caches are never written")
+    if not dense and any(w.cache.n_heads is None for w in witnesses):
+        raise ValueError("its attention does not pass through scaled_dot_product_attention")
+    tight = roomy.but(budget=Budget(tokens=roomy.smallest_budget))
+    out = _run(model, make(lambda i: PrunedKVCache(tight, tight.smallest_budget, i, dense)), tight)
+    if not mx.isfinite(out).all().item():
+        raise ValueError("logits are not finite once slots are evicted")
+    return layers
+
+
+def _run(model: nn.Module, caches: list[Any], settings: CacheSettings | None) -> mx.array:
+    """Logits of 16 tokens given in calls of 13, 2 and 1."""
+    tokens = mx.arange(1, 17)[None]
+    out = []
+    for start, stop in ((0, 13), (13, 15), (15, 16)):
+        call = lambda x, cache: model(x, cache=cache)
+        bounded = [c.cache if isinstance(c, Witness) else c for c in _flat(caches)]
+        if settings is not None and any(c.dense for c in pruned(bounded)):
+            out.append(forward(call, tokens[:, start:stop], caches))
+        else:
+            out.append(call(tokens[:, start:stop], caches))
+    out = mx.concatenate(out, axis=1)
+    mx.eval(out)
+    return out
+
+
+def _flat(caches: list[Any]) -> list[Any]:
+    out = []
+    for cache in caches:
+        out += _flat(cache.caches) if hasattr(cache, "caches") else [cache]
+    return out
+
+
+def _stock(layer: int) -> Any:
+    from mlx_lm.models.cache import KVCache
+
+    return KVCache()
+
+
+def _difference(a: mx.array, b: mx.array) -> float:
+    a, b = a.astype(mx.float32), b.astype(mx.float32)
+    worst = mx.abs(a - b).max() / mx.maximum(mx.abs(b).max(), 1e-6)
+    value = worst.item()
+    return value if isinstance(value, float) and value == value else float("inf")
+
+
+def _tolerance(dtype: mx.Dtype) -> float:
+    return 1e-4 if dtype == mx.float32 else 0.1
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0][:160]

@@ -1,0 +1,92 @@
+"""The names in mlx-lm's modules that lead into ours while a model is attached.
+
+``scaled_dot_product_attention`` is imported by name into each model file, so that it is replaced in every module that holds
+the original. Calls that have nothing to do with a bounded cache go on to the original unchanged.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+
+from mlx_kvprune.cache import Handle, PrunedKVCache
+from mlx_kvprune.forward import pruned
+
+_users = 0  # attached models; the names are ours while there is one
+
+
+def acquire() -> None:
+    """Put our functions in; also in modules that were imported since the last time."""
+    global _users
+    cache_module = importlib.import_module("mlx_lm.models.cache")
+    cache_module.PrunedKVCache = PrunedKVCache  # type: ignore[attr-defined]  # load_prompt_cache looks it up there
+    for original, ours in _pairs():
+        _replace(original, ours)
+    _users += 1
+
+
+def release() -> None:
+    """Take them out again after the last attached model."""
+    global _users
+    _users = max(0, _users - 1)
+    if _users == 0:
+        for original, ours in _pairs():
+            _replace(ours, original)
+
+
+def scaled_dot_product_attention(
+    queries: mx.array,
+    keys: Any,
+    values: Any,
+    cache: Any,
+    scale: float,
+    mask: Any,
+    sinks: mx.array | None = None,
+) -> mx.array:
+    """mlx-lm's function; keys that are a ``Handle`` are attended to where they lie."""
+    if isinstance(keys, Handle):
+        return keys.cache.attend(queries, keys, scale, mask, sinks)
+    return _original("scaled_dot_product_attention")(
+        queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks
+    )
+
+
+def speculative_generate_step(prompt: mx.array, model: Any, draft_model: Any, *args: Any, **kwargs: Any) -> Any:
+    """mlx-lm's function; refused where a cache cannot take tokens back."""
+    cache = kwargs.get("prompt_cache")
+    bounded = pruned(cache) if cache is not None else pruned(_made(model)) + pruned(_made(draft_model))
+    if bounded:
+        raise ValueError(
+            f"[speculative] a bounded cache cannot take back rejected draft tokens; got policy "
+            f"{bounded[0].settings.policy!r}; try without a draft model, or policy 'full'"
+        )
+    return _original("speculative_generate_step")(prompt, model, draft_model, *args, **kwargs)
+
+
+def _made(model: Any) -> list[Any]:
+    return importlib.import_module("mlx_lm.models.cache").make_prompt_cache(model)
+
+
+_SOURCES = {"scaled_dot_product_attention": "mlx_lm.models.base", "speculative_generate_step": "mlx_lm.generate"}
+_originals: dict[str, Callable[..., Any]] = {}
+
+
+def _original(name: str) -> Callable[..., Any]:
+    if name not in _originals:
+        _originals[name] = getattr(importlib.import_module(_SOURCES[name]), name)
+    return _originals[name]
+
+
+def _pairs() -> list[tuple[Any, Any]]:
+    return [(_original(name), globals()[name]) for name in _SOURCES]
+
+
+def _replace(old: Any, new: Any) -> None:
+    for module in list(sys.modules.values()):
+        space = getattr(module, "__dict__", {})
+        if module.__name__ != __name__ and space.get(old.__name__) is old:
+            space[old.__name__] = new
