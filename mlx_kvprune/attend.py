@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from dataclasses import dataclass
 
 import mlx.core as mx
 
 Mask = mx.array | str | None
+LOG2_E = math.log2(math.e)
 
 
 @dataclass(frozen=True)
@@ -72,38 +75,38 @@ def attend(
 def attend_ops(
     queries: mx.array, view: View, scale: float, mask: Mask, sinks: mx.array | None, want_weights: bool
 ) -> Attended:
-    """The reference in plain MLX ops: a score product per part, one softmax, a value product per part."""
+    """The reference in plain MLX ops: a score product per part, one softmax over all, a value product per part.
+
+    The softmax is taken to the base of two, its denominator divided out last; logits and weights are float32.
+    """
     batch, n_heads, n_new, width = queries.shape
     kv_heads = view.keys[0].shape[1]
     gqa_factor = n_heads // kv_heads
-    rows = gqa_factor * n_new
-    grouped = (queries * scale).reshape(batch, kv_heads, rows, width)
-    logits = [grouped @ keys.swapaxes(-1, -2) for keys in view.keys]
+    rows = (batch, kv_heads, gqa_factor * n_new)
+    grouped = (queries * (scale * LOG2_E)).reshape(*rows, width)
+    logits = [(grouped @ keys.swapaxes(-1, -2)).astype(mx.float32) for keys in view.keys]
     if n_new > 1 or isinstance(mask, mx.array):
-        logits[-1] = _masked(logits[-1].reshape(batch, kv_heads, gqa_factor, n_new, -1), mask).reshape(
-            batch, kv_heads, rows, -1
-        )
+        newest = logits[-1].reshape(batch, kv_heads, gqa_factor, n_new, -1)
+        logits[-1] = _masked(newest, mask).reshape(*rows, -1)
+    peaks = [x.max(axis=-1, keepdims=True) for x in logits]
     if sinks is not None:
-        column = sinks.astype(logits[0].dtype).reshape(1, kv_heads, gqa_factor, 1)
-        column = mx.broadcast_to(column, (batch, kv_heads, gqa_factor, n_new))
-        logits.append(column.reshape(batch, kv_heads, rows, 1))
-    weights = mx.softmax(mx.concatenate(logits, axis=-1), axis=-1, precise=True)
-    parts = mx.split(weights, _starts([x.shape[2] for x in view.keys], sinks is not None), axis=-1)
-    parts = parts[: len(view.keys)]
-    out = sum((w @ v for w, v in zip(parts[1:], view.values[1:], strict=True)), parts[0] @ view.values[0])
-    out = out.reshape(batch, n_heads, n_new, -1)
+        column = (sinks.astype(mx.float32) * LOG2_E).reshape(1, kv_heads, gqa_factor, 1)
+        peaks.append(mx.broadcast_to(column, (batch, kv_heads, gqa_factor, n_new)).reshape(*rows, 1))
+    peak = functools.reduce(mx.maximum, peaks)
+    weights = [_exp2(x - peak) for x in logits]
+    total = sum((x.sum(axis=-1, keepdims=True) for x in weights[1:]), weights[0].sum(axis=-1, keepdims=True))
+    if sinks is not None:
+        total = total + _exp2(peaks[-1] - peak)
+    products = [w.astype(v.dtype) @ v for w, v in zip(weights, view.values, strict=True)]
+    out = (sum(products[1:], products[0]) / total).astype(queries.dtype).reshape(batch, n_heads, n_new, -1)
     if not want_weights:
         return Attended(out)
-    return Attended(out, tuple(w.reshape(batch, kv_heads, gqa_factor, n_new, -1) for w in parts))
+    return Attended(out, tuple((w / total).reshape(batch, kv_heads, gqa_factor, n_new, -1) for w in weights))
 
 
-def _starts(lengths: list[int], last_too: bool) -> list[int]:
-    """Where ``mx.split`` cuts parts of these lengths."""
-    cuts, total = [], 0
-    for length in lengths if last_too else lengths[:-1]:
-        total += length
-        cuts.append(total)
-    return cuts
+def _exp2(x: mx.array) -> mx.array:
+    """Two to the ``x``: MLX's CPU backend takes a third of the time of ``mx.exp`` for it."""
+    return mx.power(mx.array(2.0, x.dtype), x)
 
 
 def _masked(logits: mx.array, mask: Mask) -> mx.array:
@@ -117,7 +120,7 @@ def _masked(logits: mx.array, mask: Mask) -> mx.array:
     mask = mx.pad(mask, [(0, 0)] * (mask.ndim - 1) + [(slots - n_new, 0)], constant_values=fill)
     if mask.dtype == mx.bool_:
         return mx.where(mask, logits, mx.finfo(logits.dtype).min)
-    return logits + mask
+    return logits + mask.astype(mx.float32) * LOG2_E
 
 
 def _per_kv_head(mask: mx.array, shape: tuple[int, ...]) -> mx.array:

@@ -30,7 +30,7 @@ class Handle:
     Attributes:
         keys: of the new tokens ``(B, H_kv, L, D)``.
         values: of the new tokens ``(B, H_kv, L, D_v)``.
-        shape: what a dense array of keys would have, ``(B, H_kv, S, D)``.
+        shape: what an unpruned array of keys would have, ``(B, H_kv, tokens seen, D)``; models read lengths off it.
         dtype: the keys' type.
         blocks: which of the new tokens attended to what, once they did.
     """
@@ -82,6 +82,7 @@ class PrunedKVCache:
         self.n_heads: int | None = None  # query heads, once they were seen
         self.evicted = False
         self.probing = False
+        self.fetched: tuple[Any, Any] | None = None  # what update_and_fetch returned, while the forward pass runs
         self.nbytes_peak = 0
         self.rope: Rope = None  # the layer's own, while its forward pass runs
 
@@ -90,9 +91,16 @@ class PrunedKVCache:
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         """Take the keys and values ``(B, H_kv, L, D)`` of new tokens; return what their queries attend to."""
         self._start(keys, values)
-        if self.dense:
-            return self._update_dense(keys, values)
-        shape = (*keys.shape[:2], self._size_for_next() + keys.shape[2], keys.shape[3])
+        self.fetched = self._update_dense(keys, values) if self.dense else self._hand_out(keys, values)
+        return self.fetched
+
+    def keys_and_values(self) -> tuple[Any, Any]:
+        """What this forward pass's ``update_and_fetch`` returned: for layers that share an earlier layer's keys."""
+        assert self.fetched is not None
+        return self.fetched
+
+    def _hand_out(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
+        shape = (*keys.shape[:2], self.offset + keys.shape[2], keys.shape[3])
         handle = Handle(self, keys, values, shape, keys.dtype)
         if not self.probing:
             self.offset += keys.shape[2]
@@ -108,13 +116,15 @@ class PrunedKVCache:
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Mask:
         """The mask of ``N`` new tokens over what will be held when they come, as mlx-lm's caches make it."""
-        if N == 1 and window_size is None and not return_array:
+        if N == 1 and window_size is None:
             return None
-        if not return_array and window_size is None:
+        if window_size is not None:
+            raise NotImplementedError("a sliding window over a plain KV cache")
+        if not return_array:
             return "causal"
         from mlx_lm.models.base import create_causal_mask
 
-        return create_causal_mask(N, self._size_for_next(), window_size=window_size)
+        return create_causal_mask(N, self._size_for_next())
 
     def size(self) -> int:
         """Slots held per KV head."""
@@ -234,9 +244,15 @@ class PrunedKVCache:
         return min(MAX_SEGMENT, spare + self.pool.free // self._block * self._block)
 
     def step_room(self) -> int:
-        """Tokens that the next call may bring so that all of them are still in the ring after it."""
-        count = self.ring.count if self.ring else 0
-        return self._block if self.full() else self.settings.ring_size - count
+        """Tokens that the next call of the whole model may bring so that none is evicted before all layers saw it.
+
+        Where the scorer must be told something after the call, all of them are still in the ring then.
+        """
+        spare = self.settings.ring_size - (self.ring.count if self.ring else 0)
+        free = self.pool.free if self.pool else self._limit()
+        if not self.scorer.needs & {"logits", "question"}:
+            spare += free // self._block * self._block
+        return spare or self._block
 
     def full(self) -> bool:
         """Whether the next token makes slots change hands."""

@@ -42,10 +42,14 @@ def forward(call: Call, inputs: mx.array, caches: Any, **kwargs: Any) -> mx.arra
     bounded = pruned(caches)
     if not bounded:
         return call(inputs, cache=caches, **kwargs)
-    if not any(c.dense or c.scorer.needs & {"logits", "question"} for c in bounded):
+    try:
+        if any(c.dense or c.scorer.needs & {"logits", "question"} for c in bounded):
+            return _in_steps(call, inputs, caches, bounded, kwargs)
         settle(bounded)
         return call(inputs, cache=caches, **kwargs)
-    return _in_steps(call, inputs, caches, bounded, kwargs)
+    finally:
+        for cache in bounded:
+            cache.fetched = None
 
 
 def settle(bounded: list[PrunedKVCache]) -> None:
