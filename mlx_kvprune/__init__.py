@@ -8,6 +8,7 @@ blas.preload()  # must come before the first import of mlx.core; does nothing on
 
 from mlx_kvprune.attach import attach, detach, make_cache  # noqa: E402
 from mlx_kvprune.cache import PrunedKVCache  # noqa: E402
+from mlx_kvprune.models import known_models, load, pull  # noqa: E402
 from mlx_kvprune.report import CacheReport, report  # noqa: E402
 from mlx_kvprune.settings import CacheSettings  # noqa: E402
 
@@ -19,6 +20,9 @@ __all__ = [
     "__version__",
     "attach",
     "detach",
+    "known_models",
+    "load",
     "make_cache",
+    "pull",
     "report",
 ]

@@ -82,6 +82,7 @@ class PrunedKVCache:
         self.n_heads: int | None = None  # query heads, once they were seen
         self.evicted = False
         self.probing = False
+        self.heard: mx.array | None = None  # the question's attention to what is held, after a probe
         self.fetched: tuple[Any, Any] | None = None  # what update_and_fetch returned, while the forward pass runs
         self.nbytes_peak = 0
         self.rope: Rope = None  # the layer's own, while its forward pass runs
@@ -278,6 +279,18 @@ class PrunedKVCache:
         """Whether the next token makes slots be evicted."""
         return self.full() and self.pool.free < self._block
 
+    def evictable(self) -> mx.array:
+        """Which slots are neither sinks nor in the window, as the first row and head hold them ``(B, 1, S)``."""
+        positions = self._held().positions[:, :1]
+        return (positions >= self.settings.n_sink) & (positions < self.written - self.settings.window)
+
+    def remember(self, memory: mx.array) -> None:
+        """Set what is remembered of everything held ``(B, H_kv, S)``."""
+        assert self.ring is not None and self.pool is not None
+        count = self.pool.count
+        self.ring.memory = memory[:, :, count:]
+        self._set_pool_memory(memory[:, :, :count])
+
     def remember_newest(self, memory: mx.array) -> None:
         """Set what is remembered of the newest ``L`` tokens ``(B, L)``, all of them in the ring, for every KV head."""
         assert self.ring is not None and self.ring.memory is not None
@@ -369,7 +382,7 @@ class PrunedKVCache:
     def _observe(self, queries: mx.array, seen: Attended) -> mx.array:
         """Tell the scorer; what it remembers is tied to the output, so that it is evaluated with the step."""
         if seen.weights is not None:
-            self._update_memory(self.scorer.attended, seen.weights)
+            self._update_memory(seen.weights)
         if "queries" in self.scorer.needs:
             step = Seen(queries, self.written - queries.shape[2], self.rope)
             self.signals = self.scorer.observe(self.signals, step)
@@ -378,18 +391,20 @@ class PrunedKVCache:
             ties += [self.ring.memory, self.pool.memory]
         return mx.depends(seen.out, ties) if ties else seen.out
 
-    def _update_memory(self, update: Callable[[mx.array, mx.array], mx.array], weights: tuple[mx.array, ...]) -> None:
-        """``update(memory, weights)`` for the slots of the pool and of the ring."""
+    def _update_memory(self, weights: tuple[mx.array, ...]) -> None:
         *older, newest = weights
-        self.ring.memory = update(self.ring.memory, newest[..., : self.ring.count])
+        self.ring.memory = self.scorer.attended(self.ring.memory, newest)
         if older:
-            used, unused = self.pool.memory[:, :, : self.pool.count], self.pool.memory[:, :, self.pool.count :]
-            self.pool.memory = mx.concatenate([update(used, older[0]), unused], axis=2)
+            self._set_pool_memory(self.scorer.attended(self.pool.memory[:, :, : self.pool.count], older[0]))
+
+    def _set_pool_memory(self, memory: mx.array) -> None:
+        unused = self.pool.memory[:, :, self.pool.count :]
+        self.pool.memory = mx.concatenate([memory, unused], axis=2) if unused.shape[2] else memory
 
     def _attend_probe(
         self, queries: mx.array, handle: Handle, scale: float, mask: Mask, sinks: mx.array | None
     ) -> mx.array:
-        """The question's tokens attend to what is held and to themselves; nothing but the memory changes."""
+        """The question's tokens attend to what is held and to themselves; nothing changes but what was heard."""
         first = not handle.blocks
         if first:
             view, join = self._view(), lambda x, new: (*x[:-1], mx.concatenate([x[-1], new], axis=2))
@@ -398,7 +413,7 @@ class PrunedKVCache:
         view = handle.blocks[0][1]
         seen = attend(queries, view, scale=scale, mask=mask, sinks=sinks, want_weights=first)
         if seen.weights is not None:
-            self._update_memory(self.scorer.probed, seen.weights)
+            self.heard = self.scorer.heard(mx.concatenate(seen.weights, axis=-1))[..., : self.size()]
         return seen.out
 
     def _forget(self, n: int) -> None:

@@ -103,15 +103,18 @@ def note_surprise(bounded: list[PrunedKVCache], tokens: mx.array, logits: mx.arr
 
 
 def probe(call: Call, caches: Any, bounded: list[PrunedKVCache]) -> None:
-    """Run the question's tokens as temporary queries over what is held; only the scorers' memory changes."""
+    """Run the question's tokens as temporary queries over what is held; only the memory of the slots changes."""
     question = mx.array(bounded[0].settings.question)[None]
     batch = bounded[0].ring.keys.shape[0]
     others = [c for c in leaves(caches) if not isinstance(c, PrunedKVCache)]
     before = [_copied(c.state) for c in others]
     _set_probing(bounded, True)
     try:
-        out = call(mx.broadcast_to(question, (batch, question.shape[1])), cache=caches)
-        mx.eval(out[:, -1:, :1], [c.state for c in bounded])
+        call(mx.broadcast_to(question, (batch, question.shape[1])), cache=caches)
+        memories = bounded[0].scorer.combined([c.heard for c in bounded], bounded[0].evictable())
+        for cache, memory in zip(bounded, memories, strict=True):
+            cache.remember(memory)
+        mx.eval([c.state for c in bounded])
     finally:
         _set_probing(bounded, False)
         for cache, state in zip(others, before, strict=True):
@@ -121,7 +124,7 @@ def probe(call: Call, caches: Any, bounded: list[PrunedKVCache]) -> None:
 
 def _set_probing(bounded: Iterable[PrunedKVCache], on: bool) -> None:
     for cache in bounded:
-        cache.probing = on
+        cache.probing, cache.heard = on, None
 
 
 def _copied(state: Any) -> Any:

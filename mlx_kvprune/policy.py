@@ -8,7 +8,7 @@ from typing import Any
 
 from mlx_kvprune import scorers
 from mlx_kvprune.scorers.base import Scorer, options_of
-from mlx_kvprune.settings import CacheSettings
+from mlx_kvprune.settings import DEFAULT_BLOCK, DEFAULT_WINDOW, CacheSettings
 
 
 @dataclass(frozen=True)
@@ -19,14 +19,22 @@ class Policy:
         name: what the user types.
         scorer: the signal, with its default hyper-parameters; None keeps everything.
         summary: one line for ``mlx-kvprune policies``.
-        block: tokens between two upkeeps (the trigger).
         window: newest tokens that are never evicted, unless the user says otherwise.
+        block: tokens between two upkeeps (the trigger), likewise; at most a quarter of a budget in tokens.
     """
 
     name: str
     scorer: Scorer | None
     summary: str
-    block: int = 32
+    window: int = DEFAULT_WINDOW
+    block: int = DEFAULT_BLOCK
+
+    def completed(self, settings: CacheSettings) -> CacheSettings:
+        """The settings with what the user left open filled in."""
+        window = self.window if settings.window is None else settings.window
+        tokens = settings.budget.tokens or 4 * self.block
+        block = max(DEFAULT_BLOCK, min(self.block, tokens // 4 // DEFAULT_BLOCK * DEFAULT_BLOCK))
+        return settings.but(window=window, block=block if settings.block is None else settings.block)
 
 
 POLICIES = {
@@ -43,7 +51,7 @@ POLICIES = {
         Policy("expected_attention", scorers.ExpectedAttention(), "attention that future queries are expected to give"),
         Policy("rkv", scorers.RKV(), "attention minus redundancy"),
         Policy("surprise", scorers.Surprise(), "tokens that the model did not expect, with decay (after Titans)"),
-        Policy("probe", scorers.Probe(), "what the question attends to, in spans; needs a question", block=128),
+        Policy("probe", scorers.Probe(), "what the question attends to, in spans; needs a question", window=32, block=128),
     )
 }
 
@@ -55,8 +63,7 @@ def policy_for(settings: CacheSettings) -> tuple[Policy, CacheSettings]:
         ValueError: no such policy, or no such hyper-parameter.
     """
     policy = find(settings.policy)
-    if settings.block is None:
-        settings = settings.but(block=policy.block)
+    settings = policy.completed(settings)
     options: dict[str, Any] = dict(settings.options)
     if policy.scorer is None:
         return policy, settings

@@ -49,7 +49,7 @@ class CacheSettings:
         allocator: how the budget is shared over layers and heads (``uniform``).
         budget: the most that is held at any moment (see ``Budget``); sinks, window and ring are inside it.
         n_sink: first tokens of the text that are never evicted.
-        window: newest tokens that are never evicted.
+        window: newest tokens that are never evicted. None lets the policy choose.
         block: tokens between two upkeeps; the hot ring holds ``window + block`` tokens. None lets the policy choose.
         positions: ``text``: keys stay as the model rotated them.
         store: ``kv``: keys and values are stored.
@@ -63,7 +63,7 @@ class CacheSettings:
     allocator: str = "uniform"
     budget: Budget = field(default_factory=Budget)
     n_sink: int = 4
-    window: int = 64
+    window: int | None = None
     block: int | None = None
     positions: str = "text"
     store: str = "kv"
@@ -76,9 +76,9 @@ class CacheSettings:
         object.__setattr__(self, "budget", Budget.parse(self.budget))
         object.__setattr__(self, "question", tuple(int(token) for token in self.question))
         _at_least("sinks", self.n_sink, 0)
-        _at_least("window", self.window, 1)
-        if self.block is not None:
-            _at_least("block", self.block, 1)
+        for name in ("window", "block"):
+            if getattr(self, name) is not None:
+                _at_least(name, getattr(self, name), 1)
         _one_of("allocator", self.allocator, ("uniform",))
         _one_of("positions", self.positions, ("text",))
         _one_of("store", self.store, ("kv",))
@@ -90,7 +90,7 @@ class CacheSettings:
     @property
     def ring_size(self) -> int:
         """Tokens that the hot ring holds when full."""
-        return self.window + (self.block or DEFAULT_BLOCK)
+        return (self.window or DEFAULT_WINDOW) + (self.block or DEFAULT_BLOCK)
 
     @property
     def smallest_budget(self) -> int:
@@ -105,8 +105,8 @@ class CacheSettings:
         """
         if tokens < self.smallest_budget:
             raise ValueError(
-                f"[budget] too small for {self.n_sink} sinks + a ring of {self.ring_size} (window {self.window}, block "
-                f"{self.block or DEFAULT_BLOCK}) + 1; got {tokens} tokens per KV head; try {self.smallest_budget} or "
+                f"[budget] too small for {self.n_sink} sinks + a ring of {self.ring_size} (window {self.window or DEFAULT_WINDOW}, "
+                f"block {self.block or DEFAULT_BLOCK}) + 1; got {tokens} tokens per KV head; try {self.smallest_budget} or "
                 "more, or a smaller --window"
             )
         return tokens
@@ -128,7 +128,7 @@ class CacheSettings:
         return cls(**fields)
 
 
-DEFAULT_BLOCK = 32
+DEFAULT_WINDOW, DEFAULT_BLOCK = 64, 32
 
 
 def _at_least(name: str, value: Any, least: int) -> None:

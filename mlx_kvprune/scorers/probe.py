@@ -9,25 +9,44 @@ from mlx_kvprune.scorers.base import Held, Scorer, State, in_text_order, max_poo
 
 @dataclass(frozen=True)
 class Probe(Scorer):
-    """``score_i`` = the question's attention, max-pooled over ``span`` held neighbours.
+    """``score_i`` = how much the question attends to token i, max-pooled over ``span`` held neighbours.
 
-    After each block the question's tokens run through the model as temporary queries; what they attend to is remembered
-    per slot. The question finds the *place*, the answer lies in the tokens after it: so spans are kept, not tokens.
+    Before slots change hands the question's tokens run through the model as temporary queries over what is held. A head's
+    attention (the largest over the question's tokens, mean over the query heads of a KV head) is divided by what the head
+    gives to all that can be evicted: most of a head's attention goes to sinks and neighbours, which says nothing about the
+    question. The largest over all heads and layers is the score of a token, the same everywhere: a few heads know the
+    place, and the others would throw away what they need there.
+
+    The question finds the *place*; the answer lies in the tokens around it: so spans are kept, not tokens.
 
     Attributes:
         span: width of the pooling, odd.
-        keep: share of the older probes' memory that is carried on.
+        share: ``model``: one score for all layers and heads; ``head``: each head by its own attention.
     """
 
     span: int = 17
-    keep: float = 0.0
+    share: str = "model"
 
     needs = frozenset({"attention", "question"})
     memory = True
 
-    def probed(self, memory: mx.array, weights: mx.array) -> mx.array:
-        """The memory after the question's weights over what is held ``(B, H_kv, gqa_factor, L, S)``."""
-        return self.keep * memory + weights.astype(mx.float32).mean(axis=(2, 3))
+    def heard(self, weights: mx.array) -> mx.array:
+        """One layer's answer to the question: weights ``(B, H_kv, gqa_factor, L, S)`` -> ``(B, H_kv, S)``."""
+        return weights.astype(mx.float32).max(axis=3).mean(axis=2)
+
+    def combined(self, heard: list[mx.array], evictable: mx.array) -> list[mx.array]:
+        """What each layer remembers, from what all layers heard.
+
+        Args:
+            heard: per layer ``(B, H_kv, S)``.
+            evictable: ``(B, 1, S)`` bool; False for sinks and window.
+        """
+        shares = [mx.where(evictable, x, 0.0) for x in heard]
+        shares = [x / mx.maximum(x.sum(axis=-1, keepdims=True), 1e-9) for x in shares]
+        if self.share != "model":
+            return shares
+        best = mx.concatenate(shares, axis=1).max(axis=1, keepdims=True)
+        return [mx.broadcast_to(best, x.shape) for x in heard]
 
     def score(self, held: Held, state: State) -> mx.array:
         assert held.memory is not None

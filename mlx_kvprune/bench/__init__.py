@@ -1,0 +1,1 @@
+"""Speed and memory against stock mlx-lm, in one process, interleaved."""

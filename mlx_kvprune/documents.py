@@ -1,0 +1,209 @@
+"""Ask questions about documents: read, prefill, probe, answer."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_kvprune.attach import attachment_of, make_from_settings
+from mlx_kvprune.settings import CacheSettings
+
+HERE = "\x00document\x00"
+BEFORE = "Read the document and answer the question.\n"
+AFTER = "\n\nAccording to the document, answer this question in a few words: {question}"
+ONE = BEFORE + "Question: {question}\n\nDocument:\n" + HERE + AFTER
+MANY = BEFORE + "\nDocument:\n" + HERE + AFTER
+
+Progress = Callable[[int, int, list[Any]], None]
+
+
+def read(path: str | Path) -> str:
+    """The text of a file: plain text, Markdown or PDF (extra ``pdf``); ``-`` reads standard input.
+
+    Raises:
+        ValueError: missing, binary, empty, or a PDF without text.
+    """
+    if str(path) == "-":
+        data, name = sys.stdin.buffer.read(), "standard input"
+    else:
+        data, name = _bytes_of(Path(path)), str(path)
+    text = _pdf_text(data, name) if data[:5] == b"%PDF-" else _plain_text(data, name)
+    if not text.strip():
+        raise ValueError(f"[ask] no text in {name}; got {len(data)} bytes; try another file")
+    return text.strip()
+
+
+def _bytes_of(path: Path) -> bytes:
+    if path.is_dir():
+        raise ValueError(f"[ask] {path} is a folder; got no file; try {path}/*.txt")
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ValueError(f"[ask] cannot read {path}; got {error.strerror}; try the path of a text or PDF file") from None
+
+
+def _plain_text(data: bytes, name: str) -> str:
+    try:
+        if b"\x00" in data[:8192] and data[:2] not in (b"\xff\xfe", b"\xfe\xff"):
+            raise UnicodeError
+        text = data.decode("utf-16" if data[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig")
+    except UnicodeError:
+        raise ValueError(f"[ask] {name} is not text; got binary data; try a .txt, .md or .pdf file in UTF-8") from None
+    return text.replace("\r\n", "\n")
+
+
+def _pdf_text(data: bytes, name: str) -> str:
+    try:
+        import io
+
+        from pypdf import PdfReader
+    except ImportError:
+        raise ValueError(f"[ask] {name} is a PDF; got no PDF reader; try pip install 'mlx-kvprune[pdf]'") from None
+    try:
+        pages = [page.extract_text() or "" for page in PdfReader(io.BytesIO(data)).pages]
+    except Exception as error:  # pypdf raises many types on damaged files
+        raise ValueError(f"[ask] {name} is a damaged PDF; got {error}; try to print it to PDF again") from None
+    return "\n\n".join(pages)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids of a conversation about a document: what comes before it, the document, what comes after it."""
+
+    before: list[int]
+    document: list[int]
+    after: list[int]
+
+    @property
+    def n_tokens(self) -> int:
+        return len(self.before) + len(self.document) + len(self.after)
+
+
+def prompt_for(tokenizer: Any, document: str, question: str, *, pinned: bool) -> Prompt:
+    """The prompt of one question; ``pinned`` puts the question before the document as well as after it."""
+    content = (ONE if pinned else MANY).format(question=question.strip())
+    if getattr(tokenizer, "chat_template", None):
+        messages = [{"role": "user", "content": content}]
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        special = False
+    else:
+        text, special = content + "\nAnswer:", True
+    before, after = text.split(HERE)
+    encode = lambda x, first=False: list(tokenizer.encode(x, add_special_tokens=special and first))
+    return Prompt(encode(before, True), encode(document), encode(after))
+
+
+def settings_for(settings: CacheSettings, prompt: Prompt) -> CacheSettings:
+    """Pin what stands before the document; let the question probe where the policy does."""
+    n_sink = max(settings.n_sink, len(prompt.before))
+    question = tuple(prompt.after) if settings.policy == "probe" else ()
+    return settings.but(n_sink=n_sink, question=question)
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Tokens that the model was trained to read, or None where its configuration does not say."""
+    args = getattr(model, "args", None)
+    for holder in (args, getattr(args, "text_config", None)):
+        length = (holder or {}).get("max_position_embeddings") if isinstance(holder, dict | None) else None
+        length = length or getattr(holder, "max_position_embeddings", None)
+        if isinstance(length, int):
+            return length
+    return None
+
+
+def check_length(model: nn.Module, prompt: Prompt, max_tokens: int) -> None:
+    """Refuse what is longer than the model was trained to read, while positions are those of the text.
+
+    Raises:
+        ValueError: too long.
+    """
+    limit, total = context_length(model), prompt.n_tokens + max_tokens
+    if limit is not None and total > limit:
+        raise ValueError(
+            f"[ask] longer than the {limit} tokens that this model was trained to read; got {prompt.n_tokens} + "
+            f"{max_tokens} for the answer; try a part of the document, or a model with a longer context"
+        )
+
+
+def prefill(
+    model: nn.Module, tokens: list[int], cache: list[Any], *, step: int = 512, progress: Progress | None = None
+) -> None:
+    """Run ``tokens`` through the model for the sake of its cache.
+
+    Args:
+        step: tokens per call.
+        progress: called as ``progress(done, total, cache)`` after each call.
+    """
+    for start in range(0, len(tokens), step):
+        chunk = tokens[start : start + step]
+        model(mx.array(chunk)[None], cache=cache)
+        mx.eval([c.state for c in cache])
+        mx.clear_cache()
+        if progress:
+            progress(start + len(chunk), len(tokens), cache)
+
+
+@dataclass
+class Reading:
+    """A document that lies in a cache and can be asked.
+
+    Attributes:
+        prompt: of the first question.
+        cache: holds everything up to the end of the document.
+        seconds: that reading took.
+    """
+
+    prompt: Prompt
+    cache: list[Any]
+    seconds: float
+
+
+def read_into_cache(
+    model: nn.Module,
+    tokenizer: Any,
+    document: str,
+    question: str,
+    settings: CacheSettings,
+    *,
+    pinned: bool,
+    step: int = 512,
+    max_tokens: int = 0,
+    progress: Progress | None = None,
+) -> Reading:
+    """Read a document into a bounded cache (the model must be attached).
+
+    Args:
+        question: the one question, which is pinned and probes; or the first of several with ``pinned=False``.
+    """
+    assert attachment_of(model) is not None
+    prompt = prompt_for(tokenizer, document, question, pinned=pinned)
+    check_length(model, prompt, max_tokens)
+    cache = make_from_settings(model, settings_for(settings, prompt))
+    start = time.perf_counter()
+    prefill(model, prompt.before + prompt.document, cache, step=step, progress=progress)
+    return Reading(prompt, cache, time.perf_counter() - start)
+
+
+def answer(
+    model: nn.Module, tokenizer: Any, reading: Reading, question: str | None = None, **generation: Any
+) -> Iterator[Any]:
+    """Stream mlx-lm's responses to a question about what was read.
+
+    Args:
+        question: another question than the one read with; it is asked of a copy, so that others can follow.
+        generation: passed on to ``mlx_lm.stream_generate`` (``max_tokens``, ``sampler`` ...).
+    """
+    from mlx_lm import stream_generate
+
+    prompt, cache = reading.prompt.after, reading.cache
+    if question is not None:
+        prompt, cache = prompt_for(tokenizer, "", question, pinned=False).after, copy.deepcopy(cache)
+    return stream_generate(model, tokenizer, prompt, prompt_cache=cache, **generation)
