@@ -16,7 +16,6 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_kvprune import rebind
@@ -85,7 +84,9 @@ def attach(
     attachment.settings = wanted
     model.make_cache = functools.partial(make_from_settings, model, wanted)  # type: ignore[attr-defined]
     if not quiet:
-        print(f"[mlx-kvprune] {_type_of(model)}: {attachment}; policy {policy}, budget {wanted.budget}", file=sys.stderr)
+        print(
+            f"[mlx-kvprune] {_type_of(model)}: {attachment}; policy {policy}, budget {wanted.budget}", file=sys.stderr
+        )
     return attachment
 
 
@@ -254,7 +255,7 @@ def _stock_caches(model: nn.Module) -> list[Any]:
 
     if hasattr(type(model), "make_cache"):
         return type(model).make_cache(model)
-    return [KVCache() for _ in model.layers]
+    return [KVCache() for _ in range(len(model.layers))]  # type: ignore[arg-type]
 
 
 def _replaced(model: nn.Module, fn: Callable[[int], Any]) -> list[Any]:

@@ -109,4 +109,8 @@ def loaded() -> str | None:
 
 
 if __name__ == "__main__":
-    print(build() or preload() or "no fast BLAS: pip install scipy-openblas32 (and a C++ compiler), or libopenblas0-pthread")
+    print(
+        build()
+        or preload()
+        or "no fast BLAS: pip install scipy-openblas32 (and a C++ compiler), or libopenblas0-pthread"
+    )

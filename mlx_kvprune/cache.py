@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,8 +75,8 @@ class PrunedKVCache:
         self.dense = dense
         self.offset = 0  # tokens seen: what the model's rotary embedding reads
         self.written = 0  # of them, those that are in the ring or have been; behind only inside a forward pass
-        self.ring: Ring | None = None
-        self.pool: Pool | None = None
+        self._ring: Ring | None = None
+        self._pool: Pool | None = None
         self.signals: State = {}
         self.scale = 1.0
         self.n_heads: int | None = None  # query heads, once they were seen
@@ -111,9 +111,9 @@ class PrunedKVCache:
         self.room()
         view = self._write(keys, values)
         self.offset = self.written
-        dense = [mx.concatenate(x, axis=2) if len(x) > 1 else x[0] for x in (view.keys, view.values)]
+        keys, values = (mx.concatenate(list(x), axis=2) for x in (view.keys, view.values))
         self._spill()
-        return dense[0], dense[1]
+        return keys, values
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Mask:
         """The mask of ``N`` new tokens over what will be held when they come, as mlx-lm's caches make it."""
@@ -129,21 +129,33 @@ class PrunedKVCache:
 
     def size(self) -> int:
         """Slots held per KV head."""
-        return (self.pool.count if self.pool else 0) + (self.ring.count if self.ring else 0)
+        return 0 if self.empty() else self.pool.count + self.ring.count
 
     def empty(self) -> bool:
-        return self.ring is None
+        return self._ring is None
+
+    @property
+    def ring(self) -> Ring:
+        """The newest tokens."""
+        assert self._ring is not None, "nothing was written yet"
+        return self._ring
+
+    @property
+    def pool(self) -> Pool:
+        """The older ones that were kept."""
+        assert self._pool is not None, "nothing was written yet"
+        return self._pool
 
     @property
     def nbytes(self) -> int:
         """Bytes of everything that stays between forward calls."""
-        parts = (self.ring.nbytes if self.ring else 0, self.pool.nbytes if self.pool else 0)
-        return sum(parts) + sum(x.nbytes for x in self.signals.values())
+        slots = 0 if self.empty() else self.ring.nbytes + self.pool.nbytes
+        return slots + sum(x.nbytes for x in self.signals.values())
 
     @property
     def nbytes_full(self) -> int:
         """Bytes that an unpruned cache of the same type would hold for the tokens seen."""
-        if self.ring is None:
+        if self.empty():
             return 0
         batch, heads, _, width = self.ring.keys.shape
         row = (width + self.ring.values.shape[-1]) * self.ring.keys.itemsize
@@ -165,7 +177,7 @@ class PrunedKVCache:
                 f"evicted or scored; got {n}; try a fresh cache"
             )
         n = min(n, self.offset)
-        if n and self.ring and self.pool:
+        if n:
             self._forget(n)
         self.offset = self.written = self.offset - n
         return n
@@ -180,7 +192,7 @@ class PrunedKVCache:
             "dense": self.dense,
             "evicted": self.evicted,
             "signals": sorted(self.signals),
-            "count": self.pool.count if self.pool else 0,
+            "count": 0 if self.empty() else self.pool.count,
             "peak": self.nbytes_peak,
         }
         return (json.dumps(meta), self.offset, self.scale, *self._slots(), *(self.signals[n] for n in meta["signals"]))
@@ -195,8 +207,8 @@ class PrunedKVCache:
         self.evicted, self.nbytes_peak = meta["evicted"], meta["peak"]
         ring, pool, signals = leaves[3:6], leaves[6:10], leaves[10:]
         if ring[0] is not None:
-            self.ring = Ring(*ring)
-            self.pool = Pool(self._limit(), meta["count"], *pool)
+            self._ring = Ring(*ring)
+            self._pool = Pool(self._limit(), meta["count"], *pool)
         self.signals = dict(zip(meta["signals"], signals, strict=True))
 
     @classmethod
@@ -229,7 +241,7 @@ class PrunedKVCache:
 
     def backend(self) -> tuple[str, str]:
         """How the next decode step attends, and why."""
-        pool = self.pool is not None and self.pool.count > 0
+        pool = not self.empty() and self.pool.count > 0
         return backend(2 if pool else 1, self._wants_weights)
 
     def room(self) -> int:
@@ -237,7 +249,7 @@ class PrunedKVCache:
 
         While the pool has empty slots, more than the ring's share can be written at once: nothing is scored yet.
         """
-        if self.ring is None or self.pool is None:
+        if self.empty():
             return min(MAX_SEGMENT, self.settings.ring_size + self._limit() // self._block * self._block)
         if self.evicts_next():
             self.upkeep(self._block)
@@ -249,23 +261,22 @@ class PrunedKVCache:
 
         Where the scorer must be told something after the call, all of them are still in the ring then.
         """
-        spare = self.settings.ring_size - (self.ring.count if self.ring else 0)
-        free = self.pool.free if self.pool else self._limit()
+        spare = self.settings.ring_size - (0 if self.empty() else self.ring.count)
+        free = self._limit() if self.empty() else self.pool.free
         if not self.scorer.needs & {"logits", "question"}:
             spare += free // self._block * self._block
         return spare or self._block
 
     def full(self) -> bool:
         """Whether the next token makes slots change hands."""
-        return self.ring is not None and self.ring.count >= self.settings.ring_size
+        return not self.empty() and self.ring.count >= self.settings.ring_size
 
     def upkeep(self, n: int) -> None:
         """Move the oldest ``n`` tokens of the ring to the pool; where it is full, the lowest scores are overwritten."""
-        assert self.ring is not None and self.pool is not None
         pool, count = self.pool, self.pool.count
         if pool.free >= n:
             positions = self._ring_positions()[:, :, :n]
-            pool.place(self.ring.take_oldest(n), positions, None, None)
+            pool.fill(self.ring.take_oldest(n), positions)
             return
         held = self._held()
         scores = self.scorer.score(held, self.signals).astype(mx.float32)
@@ -282,18 +293,19 @@ class PrunedKVCache:
     def evictable(self) -> mx.array:
         """Which slots are neither sinks nor in the window, as the first row and head hold them ``(B, 1, S)``."""
         positions = self._held().positions[:, :1]
-        return (positions >= self.settings.n_sink) & (positions < self.written - self.settings.window)
+        settings = self.settings
+        newest = self.written - (settings.window or 0)
+        return (positions >= settings.n_sink) & (positions < newest)
 
     def remember(self, memory: mx.array) -> None:
         """Set what is remembered of everything held ``(B, H_kv, S)``."""
-        assert self.ring is not None and self.pool is not None
         count = self.pool.count
         self.ring.memory = memory[:, :, count:]
         self._set_pool_memory(memory[:, :, :count])
 
     def remember_newest(self, memory: mx.array) -> None:
         """Set what is remembered of the newest ``L`` tokens ``(B, L)``, all of them in the ring, for every KV head."""
-        assert self.ring is not None and self.ring.memory is not None
+        assert self.ring.memory is not None
         n = memory.shape[1]
         new = mx.broadcast_to(memory[:, None], (*self.ring.memory.shape[:2], n))
         self.ring.memory = mx.concatenate([self.ring.memory[:, :, :-n], new], axis=2)
@@ -313,16 +325,16 @@ class PrunedKVCache:
         return UNBOUNDED if self.slots is None else self.slots - self.settings.ring_size
 
     def _slots(self) -> tuple[mx.array | None, ...]:
-        if self.ring is None or self.pool is None:
+        if self.empty():
             return (None,) * 7
         ring, pool = self.ring, self.pool
         return (ring.keys, ring.values, ring.memory, pool.keys, pool.values, pool.positions, pool.memory)
 
     def _start(self, keys: mx.array, values: mx.array) -> None:
-        if self.ring is None:
+        if self.empty():
             memory = mx.zeros((*keys.shape[:2], 0)) if self.scorer.memory else None
-            self.ring = Ring(keys[:, :, :0], values[:, :, :0], memory)
-            self.pool = Pool.like(self.ring, self._limit())
+            self._ring = Ring(keys[:, :, :0], values[:, :, :0], memory)
+            self._pool = Pool.like(self._ring, self._limit())
 
     def _size_for_next(self) -> int:
         """Slots per KV head that the next new token will find: fewer than now if it makes slots change hands."""
@@ -364,8 +376,8 @@ class PrunedKVCache:
         view, pool, ring = self._view(), self.pool, self.ring
         join = lambda old, new: mx.concatenate([old[:, :, : pool.count], new], axis=2)
         return Held(
-            keys=mx.concatenate(view.keys, axis=2),
-            values=mx.concatenate(view.values, axis=2),
+            keys=mx.concatenate(list(view.keys), axis=2),
+            values=mx.concatenate(list(view.values), axis=2),
             positions=join(pool.positions, self._ring_positions()),
             memory=None if ring.memory is None else join(pool.memory, ring.memory),
             now=self.written,
@@ -388,16 +400,18 @@ class PrunedKVCache:
             self.signals = self.scorer.observe(self.signals, step)
         ties = list(self.signals.values())
         if seen.weights is not None:
-            ties += [self.ring.memory, self.pool.memory]
-        return mx.depends(seen.out, ties) if ties else seen.out
+            ties += [x for x in (self.ring.memory, self.pool.memory) if x is not None]
+        return mx.depends([seen.out], ties)[0] if ties else seen.out
 
     def _update_memory(self, weights: tuple[mx.array, ...]) -> None:
         *older, newest = weights
+        assert self.ring.memory is not None and self.pool.memory is not None
         self.ring.memory = self.scorer.attended(self.ring.memory, newest)
         if older:
             self._set_pool_memory(self.scorer.attended(self.pool.memory[:, :, : self.pool.count], older[0]))
 
     def _set_pool_memory(self, memory: mx.array) -> None:
+        assert self.pool.memory is not None
         unused = self.pool.memory[:, :, self.pool.count :]
         self.pool.memory = mx.concatenate([memory, unused], axis=2) if unused.shape[2] else memory
 
@@ -413,7 +427,7 @@ class PrunedKVCache:
         view = handle.blocks[0][1]
         seen = attend(queries, view, scale=scale, mask=mask, sinks=sinks, want_weights=first)
         if seen.weights is not None:
-            self.heard = self.scorer.heard(mx.concatenate(seen.weights, axis=-1))[..., : self.size()]
+            self.heard = self.scorer.heard(mx.concatenate(list(seen.weights), axis=-1))[..., : self.size()]
         return seen.out
 
     def _forget(self, n: int) -> None:

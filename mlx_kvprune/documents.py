@@ -47,7 +47,9 @@ def _bytes_of(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise ValueError(f"[ask] cannot read {path}; got {error.strerror}; try the path of a text or PDF file") from None
+        raise ValueError(
+            f"[ask] cannot read {path}; got {error.strerror}; try the path of a text or PDF file"
+        ) from None
 
 
 def _plain_text(data: bytes, name: str) -> str:

@@ -9,6 +9,7 @@ Which rung holds is not looked up but tried: a few tokens through the model with
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,8 +23,7 @@ from mlx_kvprune.cache import PrunedKVCache
 from mlx_kvprune.forward import forward, pruned
 from mlx_kvprune.settings import Budget, CacheSettings
 
-Make = Callable[[], list[Any]]
-Wrap = Callable[[PrunedKVCache], Any]
+Wrap = Callable[[int], Any]
 
 # Types whose layers keep a second list of keys that must name the same slots as the first: they cannot be told apart from
 # layers with two attentions by trying.
@@ -187,4 +187,11 @@ def _tolerance(dtype: mx.Dtype) -> float:
 
 
 def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".splitlines()[0][:160]
+    """What went wrong, for the user: most models that are not ``ragged`` compute with what should have been keys."""
+    text = str(error).splitlines()[0]
+    if "Handle" in text or "incompatible function arguments" in text:
+        what = re.search(r"attribute '(\w+)'|^(\w+)\(\)|for (\S+):", text)
+        return f"its own code computes with the keys ({next(filter(None, what.groups())) if what else text[:80]})"
+    return (
+        text[:160] if isinstance(error, ValueError | NotImplementedError) else f"{type(error).__name__}: {text}"[:160]
+    )

@@ -51,7 +51,9 @@ POLICIES = {
         Policy("expected_attention", scorers.ExpectedAttention(), "attention that future queries are expected to give"),
         Policy("rkv", scorers.RKV(), "attention minus redundancy"),
         Policy("surprise", scorers.Surprise(), "tokens that the model did not expect, with decay (after Titans)"),
-        Policy("probe", scorers.Probe(), "what the question attends to, in spans; needs a question", window=32, block=128),
+        Policy(
+            "probe", scorers.Probe(), "what the question attends to, in spans; needs a question", window=32, block=128
+        ),
     )
 }
 
@@ -75,7 +77,8 @@ def policy_for(settings: CacheSettings) -> tuple[Policy, CacheSettings]:
         options.setdefault("seed", settings.seed)
     if "n_sink" in known:
         options.setdefault("n_sink", settings.n_sink)
-    return replace(policy, scorer=replace(policy.scorer, **options)), settings
+    scorer: Any = policy.scorer
+    return replace(policy, scorer=replace(scorer, **options)), settings
 
 
 def find(name: str) -> Policy:

@@ -84,7 +84,8 @@ class CacheSettings:
         _one_of("store", self.store, ("kv",))
         if self.kv_bits is not None:
             raise ValueError(
-                f"[kv-bits] quantized storage is not in this version; got {self.kv_bits}; try without it, or a smaller budget"
+                f"[kv-bits] quantized storage is not in this version; got {self.kv_bits}; "
+                "try without it, or a smaller budget"
             )
 
     @property
@@ -104,10 +105,11 @@ class CacheSettings:
             ValueError: the cap is too small.
         """
         if tokens < self.smallest_budget:
+            parts = f"{self.n_sink} sinks + a ring of {self.ring_size} (window {self.window or DEFAULT_WINDOW}, "
+            parts += f"block {self.block or DEFAULT_BLOCK}) + 1"
             raise ValueError(
-                f"[budget] too small for {self.n_sink} sinks + a ring of {self.ring_size} (window {self.window or DEFAULT_WINDOW}, "
-                f"block {self.block or DEFAULT_BLOCK}) + 1; got {tokens} tokens per KV head; try {self.smallest_budget} or "
-                "more, or a smaller --window"
+                f"[budget] too small for {parts}; got {tokens} tokens per KV head; try {self.smallest_budget} or more, "
+                "or a smaller --window"
             )
         return tokens
 

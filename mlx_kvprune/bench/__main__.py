@@ -62,6 +62,7 @@ def prefill(model: Any, tokens: list[int], args: argparse.Namespace) -> tuple[di
     """Tokens per second of each candidate over the whole text, and its ratio to stock at stock's best step."""
     rates: dict[str, list[float]] = {}
     ratios: dict[str, list[float]] = {}
+    candidates: list[Candidate] = []
     for rep in range(args.reps):
         candidates = _candidates(model, args)
         for start in range(0, len(tokens), PIECE):

@@ -63,20 +63,35 @@ class Pool:
         arrays = (self.keys, self.values, self.positions, self.memory)
         return sum(x.nbytes for x in arrays if x is not None)
 
-    def place(self, leaving: Ring, positions: mx.array, slot_scores: mx.array | None, scores: mx.array | None) -> None:
-        """Put the leaving tokens into empty slots, then into the slots that score worse than they do.
+    def fill(self, leaving: Ring, positions: mx.array) -> None:
+        """Put tokens that left the ring into empty slots; all of them must fit.
 
         Args:
-            leaving: tokens that left the ring, ``n`` of them.
+            leaving: ``n`` tokens.
             positions: their positions ``(B, H_kv, n)`` int32.
-            slot_scores: retention scores of the slots in use ``(B, H_kv, count)``; None when all of ``n`` fit.
-            scores: retention scores of the leaving tokens ``(B, H_kv, n)``; None likewise.
+        """
+        stop = self.count + positions.shape[2]
+        assert stop <= self.limit
+        self._grow(stop)
+        span = slice(self.count, stop)
+        self.keys[:, :, span] = leaving.keys
+        self.values[:, :, span] = leaving.values
+        self.positions[:, :, span] = positions
+        if self.memory is not None and leaving.memory is not None:
+            self.memory[:, :, span] = leaving.memory
+        self.count = stop
+
+    def place(self, leaving: Ring, positions: mx.array, slot_scores: mx.array, scores: mx.array) -> None:
+        """Put tokens that left the ring into empty slots, then into the slots that score worse than they do.
+
+        Args:
+            leaving: ``n`` tokens.
+            positions: their positions ``(B, H_kv, n)`` int32.
+            slot_scores: retention scores of the slots in use ``(B, H_kv, count)``.
+            scores: retention scores of the leaving tokens ``(B, H_kv, n)``.
         """
         n = positions.shape[2]
         self._grow(min(self.limit, self.count + n))
-        if slot_scores is None:
-            self._fill(leaving, positions)
-            return
         pairs = exchange(self._keys_in_order(slot_scores), order_key(scores, positions))
         self._overwrite("keys", leaving.keys, pairs)
         self._overwrite("values", leaving.values, pairs)
@@ -93,16 +108,6 @@ class Pool:
     def _empty(self, start: int, stop: int) -> mx.array:
         """Positions of empty slots: negative, and rising, so that the first empty slot is the first to be filled."""
         return mx.arange(start, stop, dtype=mx.int32) - self.limit
-
-    def _fill(self, leaving: Ring, positions: mx.array) -> None:
-        stop = self.count + positions.shape[2]
-        span = slice(self.count, stop)
-        self.keys[:, :, span] = leaving.keys
-        self.values[:, :, span] = leaving.values
-        self.positions[:, :, span] = positions
-        if self.memory is not None:
-            self.memory[:, :, span] = leaving.memory
-        self.count = stop
 
     def _keys_in_order(self, slot_scores: mx.array) -> mx.array:
         empty = self.capacity - self.count

@@ -41,11 +41,11 @@ class Ring:
 
     def take_oldest(self, n: int) -> Ring:
         """Remove and return the oldest ``n`` tokens; what stays does not keep the larger buffer alive."""
-        oldest = Ring(*(_part(x, slice(0, n)) for x in (self.keys, self.values, self.memory)))
-        newest = (_part(x, slice(n, None)) for x in (self.keys, self.values, self.memory))
-        self.keys, self.values, self.memory = (x if x is None else mx.contiguous(x) for x in newest)
+        oldest, newest = self._part(slice(0, n)), self._part(slice(n, None))
+        self.keys, self.values = mx.contiguous(newest.keys), mx.contiguous(newest.values)
+        self.memory = None if newest.memory is None else mx.contiguous(newest.memory)
         return oldest
 
-
-def _part(x: mx.array | None, span: slice) -> mx.array | None:
-    return None if x is None else x[:, :, span]
+    def _part(self, span: slice) -> Ring:
+        memory = None if self.memory is None else self.memory[:, :, span]
+        return Ring(self.keys[:, :, span], self.values[:, :, span], memory)

@@ -1,0 +1,229 @@
+"""``ask``: questions about documents far longer than the cache."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from typing import Annotated, Any
+
+import typer
+
+from mlx_kvprune.cli.options import (
+    CacheOptions,
+    Json,
+    ModelOptions,
+    SamplingOptions,
+    load,
+    settings_of,
+    spread,
+)
+from mlx_kvprune.settings import CacheSettings
+
+EPILOG = """Examples:
+
+  mlx-kvprune ask report.pdf -q "Who signed the contract?" --budget 512
+
+  mlx-kvprune ask chapter1.txt chapter2.txt -q "Where does Ann live?" -q "What is the ship called?"
+
+  curl -s https://example.org/long.txt | mlx-kvprune ask - -q "What is forbidden?" --compare window
+"""
+SEVERAL = "snapkv"  # the default where the question is not known while the document is read
+
+Files = Annotated[list[str], typer.Argument(metavar="FILE...", help="Text, Markdown or PDF; `-` is standard input.")]
+Questions = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--question",
+        "-q",
+        metavar="TEXT",
+        help="What you want to know. With one question the document is read with it in mind; with several it is read once.",
+    ),
+]
+Compare = Annotated[
+    list[str] | None,
+    typer.Option("--compare", metavar="POLICY", help="Answer with this policy too, in a cache of the same size."),
+]
+Reader = Annotated[
+    str | None,
+    typer.Option(
+        "--policy",
+        metavar="NAME",
+        help=f"What is kept when the cache is full; see `policies`. Default: probe with one question, {SEVERAL} with several.",
+        rich_help_panel="Cache",
+    ),
+]
+
+
+@dataclass(frozen=True)
+class AskCache(CacheOptions):
+    """As elsewhere, but the policy depends on how many questions there are."""
+
+    policy: Reader = None  # type: ignore[assignment]
+    budget: Annotated[
+        str,
+        typer.Option(
+            "--budget",
+            rich_help_panel="Cache",
+            metavar="SIZE",
+            help="The most that is held: 512 (tokens per KV head), or 64MB (bytes of all layers together).",
+        ),
+    ] = "512"
+
+
+@spread
+def ask(
+    model: ModelOptions,
+    cache: AskCache,
+    sampling: SamplingOptions,
+    files: Files,
+    question: Questions = None,
+    compare: Compare = None,
+    json: Json = False,
+) -> None:
+    """Read documents inside a cache of fixed size and answer questions about them.
+
+    The answer goes to standard output as it is generated; progress and what it cost go to standard error.
+    """
+    from mlx_kvprune import documents
+
+    questions = _questions(question)
+    wanted = cache.policy or ("probe" if len(questions) == 1 else SEVERAL)
+    settings = [settings_for_reading(replace(cache, policy=p), sampling.seed) for p in [wanted, *(compare or [])]]
+    text = "\n\n".join(documents.read(path) for path in files)
+    loaded, tokenizer = load(model)
+    runs = []
+    for chosen in settings:
+        runs.append(_Asking(loaded, tokenizer, text, questions, chosen, sampling, silent=json))
+        runs[-1].run(label=len(settings) > 1)
+    if json:
+        _write_json(model.model, runs)
+
+
+def settings_for_reading(cache: CacheOptions, seed: int) -> CacheSettings:
+    """Settings of a cache that a document is read into; the question comes later."""
+    from mlx_kvprune.policy import find
+
+    find(cache.policy)
+    return settings_of(cache, seed)
+
+
+def _questions(given: list[str] | None) -> list[str]:
+    questions = [q.strip() for q in given or []]
+    if not questions or not all(questions):
+        raise ValueError("[ask] no question; got none; try -q 'What is ...?'")
+    return questions
+
+
+class _Asking:
+    """One document, one policy, one or several questions."""
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        text: str,
+        questions: list[str],
+        settings: CacheSettings,
+        sampling: SamplingOptions,
+        silent: bool,
+    ):
+        self.model, self.tokenizer, self.text, self.questions = model, tokenizer, text, questions
+        self.settings, self.sampling, self.silent = settings, sampling, silent
+        self.answers: list[Any] = []
+        self.reports: list[Any] = []
+
+    def run(self, label: bool) -> None:
+        """Read, then answer each question; ``label`` says which policy is speaking."""
+        from mlx_kvprune.cli import output
+        from mlx_kvprune.report import report
+
+        self._read()
+        cache = self.reading.cache
+        for number, question in enumerate(self.questions):
+            if not self.silent and (label or len(self.questions) > 1):
+                output.write(f"{self.settings.policy}: " if label else "")
+                output.write(f"{question} " if len(self.questions) > 1 else "")
+            cache = self._answer(number)
+            self.reports.append(report(cache))
+        if not self.silent:
+            self._summarize(cache)
+
+    def _read(self) -> None:
+        from mlx_kvprune import attach, documents
+        from mlx_kvprune.attach import attachment_of
+        from mlx_kvprune.cli.stream import fill_of
+        from mlx_kvprune.progress import Bar
+
+        if attachment_of(self.model) is None:
+            attach(self.model, policy="window", budget=None, quiet=True)
+        began = time.monotonic()
+        with Bar() as bar:
+
+            def show(done: int, total: int, cache: list[Any]) -> None:
+                speed = done / max(1e-6, time.monotonic() - began)
+                bar(f"reading, {speed:.0f} tok/s{fill_of(cache)}", done, total)
+
+            self.reading = documents.read_into_cache(
+                self.model,
+                self.tokenizer,
+                self.text,
+                self.questions[0],
+                self.settings,
+                pinned=len(self.questions) == 1,
+                step=self.sampling.prefill_step_size,
+                max_tokens=self.sampling.max_tokens,
+                progress=show,
+            )
+
+    def _answer(self, number: int) -> list[Any]:
+        import copy
+
+        from mlx_kvprune.cli import output
+        from mlx_kvprune.cli.stream import stream
+        from mlx_kvprune.documents import prompt_for
+
+        reading, question = self.reading, self.questions[number]
+        last = number == len(self.questions) - 1
+        cache = reading.cache if last else copy.deepcopy(reading.cache)
+        pinned = len(self.questions) == 1
+        after = reading.prompt.after if number == 0 else prompt_for(self.tokenizer, "", question, pinned=pinned).after
+        write = (lambda text: None) if self.silent else output.write
+        self.answers.append(stream(self.model, self.tokenizer, after, cache, self.sampling, write))
+        write("\n")
+        return cache
+
+    def _summarize(self, cache: list[Any]) -> None:
+        from mlx_kvprune.cli import output
+
+        report, run = self.reports[-1], self.answers[-1]
+        output.say(output.fill_line(report, cache), "dim")
+        output.say(output.bytes_line(report), "dim")
+        output.say(
+            f"speed  read {self.read_tokens:,} tokens in {self.reading.seconds:.1f} s "
+            f"({self.read_tokens / self.reading.seconds:.0f} tok/s)"
+            + (f"; answered at {run.decode_tps:.1f} tok/s" if run.decode_tps else ""),
+            "dim",
+        )
+
+    @property
+    def read_tokens(self) -> int:
+        return len(self.reading.prompt.before) + len(self.reading.prompt.document)
+
+    def fields(self, model: str) -> dict[str, Any]:
+        """The fields of ``--json``; ``text`` is the first answer."""
+        from mlx_kvprune.cli import output
+
+        fields = output.fields_of(model, self.reports[0], self.answers[0])
+        fields["prompt_tokens"] = self.reading.prompt.n_tokens
+        fields["generated_tokens"] = sum(run.generated_tokens for run in self.answers)
+        fields["prefill_tps"] = round(self.read_tokens / self.reading.seconds, 3)
+        fields["ttft_s"] = round(self.reading.seconds + (self.answers[0].ttft_s or 0.0), 3)
+        fields["answers"] = [{"question": q, "text": a.text} for q, a in zip(self.questions, self.answers, strict=True)]
+        return fields
+
+
+def _write_json(model: str, runs: list[_Asking]) -> None:
+    from mlx_kvprune.cli import output
+
+    first, *others = (run.fields(model) for run in runs)
+    output.write_json({**first, "compared": others} if others else first)
