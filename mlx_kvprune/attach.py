@@ -141,6 +141,7 @@ def slots_for(attachment: Attachment, settings: CacheSettings) -> int | None:
     _check_policy(attachment.rung, policy, settings)
     shapes = [layer.shape for layer in attachment.rung.layers]
     states = [policy.scorer.state_nbytes(s.n_heads, s.key_dim) for s in shapes]
+    states[0] += policy.scorer.shared_nbytes(attachment.rung.vocab)
     return uniform(shapes, settings, policy.scorer.memory, states)
 
 

@@ -15,7 +15,7 @@ from mlx_kvprune.rope import Rope
 from mlx_kvprune.scorers import Held, Scorer, Seen
 from mlx_kvprune.scorers.base import State
 from mlx_kvprune.settings import CacheSettings
-from mlx_kvprune.slots import Pool, Ring
+from mlx_kvprune.slots import Pool, Ring, Writes
 
 UNBOUNDED = 1 << 30
 MAX_SEGMENT = 512  # most queries that attend at once: bounds the score matrix
@@ -81,6 +81,7 @@ class PrunedKVCache:
         self.scale = 1.0
         self.n_heads: int | None = None  # query heads, once they were seen
         self.evicted = False
+        self.planned: Writes | None = None  # what the next upkeep writes, if it was chosen ahead
         self.probing = False
         self.heard: mx.array | None = None  # the question's attention to what is held, after a probe
         self.fetched: tuple[Any, Any] | None = None  # what update_and_fetch returned, while the forward pass runs
@@ -200,6 +201,7 @@ class PrunedKVCache:
     @state.setter
     def state(self, leaves: tuple[Any, ...]) -> None:
         meta = json.loads(leaves[0])
+        leaves = tuple(mx.array(x) if isinstance(x, mx.array) else x for x in leaves)  # own objects: written in place
         settings = CacheSettings.from_json(meta["settings"])
         PrunedKVCache.__init__(self, settings, meta["slots"], meta["layer"], meta["dense"])
         self.offset, self.scale = leaves[1:3]
@@ -273,18 +275,30 @@ class PrunedKVCache:
 
     def upkeep(self, n: int) -> None:
         """Move the oldest ``n`` tokens of the ring to the pool; where it is full, the lowest scores are overwritten."""
-        pool, count = self.pool, self.pool.count
-        if pool.free >= n:
-            positions = self._ring_positions()[:, :, :n]
-            pool.fill(self.ring.take_oldest(n), positions)
-            return
-        held = self._held()
+        if self.pool.free >= n:
+            self.pool.fill(self.ring.oldest(n), self._ring_positions()[:, :, :n])
+        else:
+            assert self.planned is None or self.planned.n == n
+            self.pool.write(self.planned or self._choose(n))
+            self.planned, self.evicted = None, True
+        self.ring.drop_oldest(n)
+
+    def plan(self) -> list[mx.array]:
+        """Choose now what the next token's upkeep will write; returns the arrays that are to be evaluated for it.
+
+        A pool that is read and written in one graph is copied. Evaluated ahead, the choice leaves only the write.
+        """
+        if self.planned is None and self.evicts_next() and "rope" not in self.scorer.needs:
+            self.planned = self._choose(self._block)
+        return [] if self.planned is None else [self.planned.slots, *self.planned.rows.values()]
+
+    def _choose(self, n: int) -> Writes:
+        held, count = self._held(), self.pool.count
         scores = self.scorer.score(held, self.signals).astype(mx.float32)
         scores = mx.where(held.positions < self.settings.n_sink, mx.inf, scores)
         slots, leaving = slice(0, count), slice(count, count + n)
         positions = held.positions[:, :, leaving]
-        pool.place(self.ring.take_oldest(n), positions, scores[:, :, slots], scores[:, :, leaving])
-        self.evicted = True
+        return self.pool.choose(self.ring.oldest(n), positions, scores[:, :, slots], scores[:, :, leaving])
 
     def evicts_next(self) -> bool:
         """Whether the next token makes slots be evicted."""
@@ -433,6 +447,7 @@ class PrunedKVCache:
     def _forget(self, n: int) -> None:
         """Take back the newest ``n`` tokens while every token is still held, in order."""
         ring, pool, keep = self.ring, self.pool, self.written - n
+        self.planned = None
         over = max(0, keep - self.settings.ring_size)
         count = -(-over // self._block) * self._block
         back = slice(count, pool.count)

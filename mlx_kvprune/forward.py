@@ -53,12 +53,12 @@ def forward(call: Call, inputs: mx.array, caches: Any, **kwargs: Any) -> mx.arra
 
 
 def settle(bounded: list[PrunedKVCache]) -> None:
-    """Finish what is under way before slots are overwritten: an array that nobody else reads is written in place.
+    """Before slots are overwritten, choose them and finish what is under way: the writes then happen in place.
 
     The one host synchronisation per ``block`` tokens.
     """
     if bounded[0].full():
-        mx.eval([c.state for c in bounded])
+        mx.eval([c.plan() for c in bounded], [c.state for c in bounded])
 
 
 def _in_steps(call: Call, inputs: mx.array, caches: Any, bounded: list[PrunedKVCache], kwargs: dict) -> mx.array:
@@ -87,15 +87,14 @@ def note_surprise(bounded: list[PrunedKVCache], tokens: mx.array, logits: mx.arr
     """
     first = bounded[0]
     assert isinstance(first.scorer, Surprise)
-    batch = tokens.shape[0]
+    batch, n = tokens.shape
     before = first.signals.get("logits")
-    earlier = logits[:, :-1] if before is None else mx.concatenate([before[:, None], logits[:, :-1]], axis=1)
-    targets = tokens[:, tokens.shape[1] - earlier.shape[1] :]
-    earlier = earlier.astype(mx.float32)
-    picked = mx.take_along_axis(earlier, targets[..., None].astype(mx.int32), axis=-1)[..., 0]
+    previous = logits[:, :1] if before is None else before[:, None]
+    earlier = mx.concatenate([previous, logits[:, :-1]], axis=1).astype(mx.float32)
+    picked = mx.take_along_axis(earlier, tokens[..., None].astype(mx.int32), axis=-1)[..., 0]
     surprisal = mx.logsumexp(earlier, axis=-1) - picked
     if before is None:  # nothing foretold the first token of the text
-        surprisal = mx.concatenate([mx.zeros((batch, 1)), surprisal], axis=1)
+        surprisal = mx.where(mx.arange(n) > 0, surprisal, 0.0)
     carried = first.scorer.carried(surprisal, first.signals.get("past", mx.zeros((batch,))))
     first.signals = {"logits": mx.contiguous(logits[:, -1]), "past": carried[:, -1]}
     for cache in bounded:

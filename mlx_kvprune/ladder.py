@@ -52,12 +52,14 @@ class Rung:
         reason: why not a higher one; empty for ``ragged``.
         layers: the bounded layers in the order of their caches.
         others: how many caches are left as they are (sliding window, recurrent).
+        vocab: width of the logits.
     """
 
     name: str
     reason: str
     layers: tuple[Layer, ...]
     others: int
+    vocab: int = 0
 
 
 class Witness:
@@ -116,7 +118,7 @@ def find_rung(model: nn.Module, make: Callable[[Wrap], list[Any]]) -> Rung:
     for name, dense in (("ragged", False), ("uniform", True)):
         try:
             layers = _try(model, make, dense, expected)
-            return Rung(name, "; ".join(reasons), layers, others)
+            return Rung(name, "; ".join(reasons), layers, others, expected.shape[-1])
         except Exception as error:  # whatever the model's code does with what it is given
             reasons.append(f"{name}: {_one_line(error)}")
     return Rung("refuse", "; ".join(reasons), (), others)

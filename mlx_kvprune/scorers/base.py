@@ -86,6 +86,10 @@ class Scorer:
         """Bytes that ``state`` takes for one layer at most, float32 (``n_heads`` query heads)."""
         return 0
 
+    def shared_nbytes(self, vocab: int) -> int:
+        """Bytes that the first layer's ``state`` takes for all of them, float32 (``vocab`` logits)."""
+        return 0
+
 
 def recent(state: State, queries: mx.array, n: int) -> State:
     """Remember the last ``n`` queries ``(B, H_q, <= n, D)`` under ``queries``, oldest first."""

@@ -55,7 +55,8 @@ class ExpectedAttention(Scorer):
         if self.covariance:
             spread = (turn.T @ spread @ turn).reshape(*grouped, width, width)
             logits = logits + held.scale**2 / 2 * ((keys @ spread) * keys).sum(axis=-1)
-        weights = mx.softmax(logits, axis=-1).mean(axis=2)
+        sinks = held.positions[:, :, None] < self.n_sink  # always kept: as published, they take no share
+        weights = mx.softmax(mx.where(sinks, -mx.inf, logits), axis=-1).mean(axis=2)
         if not self.value_norm:
             return weights
         return weights * mx.linalg.norm(held.values.astype(mx.float32), axis=-1)

@@ -4,15 +4,17 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_kvprune.scorers.base import Held, Scorer, Seen, State, attention_of, in_text_order, max_pool, recent
+from mlx_kvprune.scorers.base import Held, Scorer, Seen, State, in_text_order, max_pool, recent
 
 
 @dataclass(frozen=True)
 class RKV(Scorer):
     """``score = mix * importance - (1 - mix) * redundancy``.
 
-    Importance: mean attention of the last ``observe`` queries, the largest of the query heads of the KV head, max-pooled
-    over ``kernel`` held neighbours. Redundancy: softmax over the slots of the mean cosine similarity of a key to the
+    Importance: mean attention of the last ``last`` queries to what is older than they are, by the largest logits of the
+    query heads of the KV head, max-pooled over ``kernel`` held neighbours.
+
+    Redundancy: softmax over the slots of the mean cosine similarity of a key to the
     other keys, where each key's latest near-duplicate (similarity above ``threshold``) is not held against that
     duplicate. Quadratic in the slots held. Cai et al. 2025, "R-KV: Redundancy-aware KV Cache Compression for Reasoning
     Models" (arXiv 2505.24133).
@@ -29,12 +31,25 @@ class RKV(Scorer):
         return recent(state, seen.queries, self.last)
 
     def score(self, held: Held, state: State) -> mx.array:
-        attention = attention_of(state["queries"], held).mean(axis=3).max(axis=2)
+        attention = past_attention(state["queries"], held)
         importance = in_text_order(held.positions, attention, lambda x: max_pool(x, self.kernel))
         return self.mix * importance - (1 - self.mix) * redundancy(held.keys, held.positions, self.threshold)
 
     def state_nbytes(self, n_heads: int, head_dim: int) -> int:
         return 4 * n_heads * self.last * head_dim
+
+
+def past_attention(queries: mx.array, held: Held) -> mx.array:
+    """Mean attention of the newest queries ``(B, H_q, w, D)`` to what is older than they are ``(B, H_kv, S)``.
+
+    The largest logits of the query heads of a KV head are taken before the softmax, as in the published code.
+    """
+    batch, n_heads, w, width = queries.shape
+    kv_heads = held.keys.shape[1]
+    grouped = queries.reshape(batch, kv_heads, n_heads // kv_heads, w, width) * held.scale
+    logits = (grouped @ held.keys[:, :, None].swapaxes(-1, -2)).max(axis=2).astype(mx.float32)
+    old = held.positions[:, :, None] < held.now - w
+    return mx.softmax(mx.where(old, logits, -mx.inf), axis=-1).mean(axis=2)
 
 
 def redundancy(keys: mx.array, positions: mx.array, threshold: float) -> mx.array:

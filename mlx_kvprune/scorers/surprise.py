@@ -31,6 +31,9 @@ class Surprise(Scorer):
         age = (held.now - held.positions).astype(mx.float32)
         return held.memory * mx.exp(age * mx.log1p(mx.array(-self.forget)))
 
+    def shared_nbytes(self, vocab: int) -> int:
+        return 4 * (vocab + 1)  # the last logits, and the past surprise
+
     def carried(self, surprisal: mx.array, past: mx.array) -> mx.array:
         """``m_i`` of new tokens from their surprisal ``(B, L)`` and the last ``m`` before them ``(B,)``."""
         n = surprisal.shape[1]

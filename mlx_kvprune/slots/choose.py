@@ -20,7 +20,7 @@ def order_key(scores: mx.array, positions: mx.array) -> mx.array:
     Returns:
         ``(...)`` int64.
     """
-    bits = scores.astype(mx.float32).view(mx.int32)
+    bits = (scores.astype(mx.float32) + 0.0).view(mx.int32)  # + 0.0: the two zeros are equal
     ordered = mx.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # IEEE 754: negative floats count backwards
     return (ordered.astype(mx.int64) << 32) + positions.astype(mx.int64)
 

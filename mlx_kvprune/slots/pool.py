@@ -6,10 +6,19 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_kvprune.slots.choose import exchange, order_key
+from mlx_kvprune.slots.choose import Exchange, exchange, order_key
 from mlx_kvprune.slots.ring import Ring
 
 FIRST_CAPACITY = 256
+
+
+@dataclass(frozen=True)
+class Writes:
+    """Rows that go into slots ``(B, H_kv, m)``, by the name of the pool's array; they come of ``n`` leaving tokens."""
+
+    n: int
+    slots: mx.array
+    rows: dict[str, mx.array]
 
 
 @dataclass
@@ -81,8 +90,10 @@ class Pool:
             self.memory[:, :, span] = leaving.memory
         self.count = stop
 
-    def place(self, leaving: Ring, positions: mx.array, slot_scores: mx.array, scores: mx.array) -> None:
-        """Put tokens that left the ring into empty slots, then into the slots that score worse than they do.
+    def choose(self, leaving: Ring, positions: mx.array, slot_scores: mx.array, scores: mx.array) -> Writes:
+        """What is to be written so that the pool keeps the best of its slots and of the tokens that leave the ring.
+
+        Empty slots are filled first, then slots that score worse than a token. Nothing is written yet.
 
         Args:
             leaving: ``n`` tokens.
@@ -93,11 +104,17 @@ class Pool:
         n = positions.shape[2]
         self._grow(min(self.limit, self.count + n))
         pairs = exchange(self._keys_in_order(slot_scores), order_key(scores, positions))
-        self._overwrite("keys", leaving.keys, pairs)
-        self._overwrite("values", leaving.values, pairs)
-        self._overwrite("positions", positions, pairs)
-        self._overwrite("memory", leaving.memory, pairs)
-        self.count = min(self.limit, self.count + n)
+        new = {"keys": leaving.keys, "values": leaving.values, "positions": positions, "memory": leaving.memory}
+        rows = {name: self._rows(name, x, pairs) for name, x in new.items() if x is not None}
+        return Writes(n, pairs.slots, rows)
+
+    def write(self, writes: Writes) -> None:
+        """Write what was chosen: in place where ``writes`` is evaluated and nobody else reads the pool."""
+        for name, rows in writes.rows.items():
+            held = getattr(self, name)
+            slots = writes.slots[..., None] if held.ndim == 4 else writes.slots
+            setattr(self, name, mx.put_along_axis(held, slots, rows, axis=2))
+        self.count = min(self.limit, self.count + writes.n)
 
     def clear(self, span: slice) -> None:
         """Empty the slots ``span``, which must end at ``count``."""
@@ -115,15 +132,13 @@ class Pool:
             slot_scores = mx.concatenate([slot_scores, mx.full((*slot_scores.shape[:2], empty), -mx.inf)], axis=2)
         return order_key(slot_scores, self.positions)
 
-    def _overwrite(self, name: str, rows: mx.array | None, pairs) -> None:
+    def _rows(self, name: str, leaving: mx.array, pairs: Exchange) -> mx.array:
+        """Of each pair, the token's row where it takes the slot, else the slot's own."""
         held = getattr(self, name)
-        if held is None or rows is None:
-            return
         wide = (lambda x: x[..., None]) if held.ndim == 4 else (lambda x: x)
-        new = mx.take_along_axis(rows, wide(pairs.leaving), axis=2)
+        new = mx.take_along_axis(leaving, wide(pairs.leaving), axis=2)
         old = mx.take_along_axis(held, wide(pairs.slots), axis=2)
-        new = mx.where(wide(pairs.replace), new, old)
-        setattr(self, name, mx.put_along_axis(held, wide(pairs.slots), new, axis=2))
+        return mx.where(wide(pairs.replace), new, old)
 
     def _grow(self, needed: int) -> None:
         """Make room for ``needed`` slots: double, but never beyond ``limit``."""

@@ -39,12 +39,15 @@ class Ring:
         if self.memory is not None and memory is not None:
             self.memory = mx.concatenate([self.memory, memory], axis=2)
 
-    def take_oldest(self, n: int) -> Ring:
-        """Remove and return the oldest ``n`` tokens; what stays does not keep the larger buffer alive."""
-        oldest, newest = self._part(slice(0, n)), self._part(slice(n, None))
+    def oldest(self, n: int) -> Ring:
+        """The oldest ``n`` tokens, which stay."""
+        return self._part(slice(0, n))
+
+    def drop_oldest(self, n: int) -> None:
+        """Remove the oldest ``n`` tokens; what stays does not keep the larger buffer alive."""
+        newest = self._part(slice(n, None))
         self.keys, self.values = mx.contiguous(newest.keys), mx.contiguous(newest.values)
         self.memory = None if newest.memory is None else mx.contiguous(newest.memory)
-        return oldest
 
     def _part(self, span: slice) -> Ring:
         memory = None if self.memory is None else self.memory[:, :, span]
