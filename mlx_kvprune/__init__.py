@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from mlx_kvprune import blas
 
 blas.preload()  # must come before the first import of mlx.core; does nothing on macOS
 
 from mlx_kvprune.attach import attach, detach, make_cache  # noqa: E402
 from mlx_kvprune.cache import PrunedKVCache  # noqa: E402
-from mlx_kvprune.models import known_models, load, pull  # noqa: E402
 from mlx_kvprune.report import CacheReport, report  # noqa: E402
 from mlx_kvprune.settings import CacheSettings  # noqa: E402
+
+if TYPE_CHECKING:
+    from mlx_kvprune.models import known_models, load, pull
 
 __version__ = "0.1.0"
 __all__ = [
@@ -26,3 +30,12 @@ __all__ = [
     "pull",
     "report",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """What reads and converts models is imported on first use: ``mlx-kvprune --help`` should not wait for it."""
+    if name not in ("known_models", "load", "pull"):
+        raise AttributeError(f"module 'mlx_kvprune' has no attribute {name!r}")
+    from mlx_kvprune import models
+
+    return getattr(models, name)
