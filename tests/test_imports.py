@@ -8,6 +8,7 @@ import mlx_kvprune
 ORDER = [
     "blas",
     "settings",
+    "numerics",
     "rope",
     "slots",
     "scorers",

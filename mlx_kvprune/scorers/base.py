@@ -8,6 +8,8 @@ from typing import Any, ClassVar
 
 import mlx.core as mx
 
+from mlx_kvprune.numerics import softmax
+
 State = dict[str, mx.array]
 
 
@@ -113,7 +115,7 @@ def attention_of(queries: mx.array, held: Held) -> mx.array:
     logits = (grouped @ held.keys.swapaxes(-1, -2)).reshape(batch, kv_heads, n_heads // kv_heads, w, slots)
     at = mx.arange(held.now - w, held.now)[:, None]
     visible = held.positions[:, :, None, None, :] <= at
-    return mx.softmax(mx.where(visible, logits, -mx.inf).astype(mx.float32), axis=-1)
+    return softmax(mx.where(visible, logits, -mx.inf))
 
 
 def in_text_order(positions: mx.array, x: mx.array, pool: Callable[[mx.array], mx.array]) -> mx.array:

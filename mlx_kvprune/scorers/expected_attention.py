@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from mlx_kvprune.numerics import softmax
 from mlx_kvprune.rope import Rope, position_scale, unrotate
 from mlx_kvprune.scorers.base import Held, Scorer, Seen, State
 
@@ -56,7 +57,7 @@ class ExpectedAttention(Scorer):
             spread = (turn.T @ spread @ turn).reshape(*grouped, width, width)
             logits = logits + held.scale**2 / 2 * ((keys @ spread) * keys).sum(axis=-1)
         sinks = held.positions[:, :, None] < self.n_sink  # always kept: as published, they take no share
-        weights = mx.softmax(mx.where(sinks, -mx.inf, logits), axis=-1).mean(axis=2)
+        weights = softmax(mx.where(sinks, -mx.inf, logits)).mean(axis=2)
         if not self.value_norm:
             return weights
         return weights * mx.linalg.norm(held.values.astype(mx.float32), axis=-1)

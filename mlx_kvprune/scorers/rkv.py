@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from mlx_kvprune.numerics import softmax
 from mlx_kvprune.scorers.base import Held, Scorer, Seen, State, in_text_order, max_pool, recent
 
 
@@ -49,7 +50,7 @@ def past_attention(queries: mx.array, held: Held) -> mx.array:
     grouped = queries.reshape(batch, kv_heads, n_heads // kv_heads, w, width) * held.scale
     logits = (grouped @ held.keys[:, :, None].swapaxes(-1, -2)).max(axis=2).astype(mx.float32)
     old = held.positions[:, :, None] < held.now - w
-    return mx.softmax(mx.where(old, logits, -mx.inf), axis=-1).mean(axis=2)
+    return softmax(mx.where(old, logits, -mx.inf)).mean(axis=2)
 
 
 def redundancy(keys: mx.array, positions: mx.array, threshold: float) -> mx.array:

@@ -44,6 +44,8 @@ class SnapKV(Scorer):
         weights = attention_of(state["queries"], held).mean(axis=3)  # (B, H_kv, gqa_factor, S)
         old = held.positions[:, :, None] < held.now - self.last
         weights = mx.where(old, weights, 0.0)  # as published, the observation window itself is not pooled
+        if self.pooling == "mean":  # then the order of the two means does not matter
+            weights = weights.mean(axis=2, keepdims=True)
         pool = max_pool if self.pooling == "max" else mean_pool
         positions = mx.broadcast_to(held.positions[:, :, None], weights.shape)
         return in_text_order(positions, weights, lambda x: pool(x, self.kernel)).mean(axis=2)
