@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -63,9 +65,8 @@ def _plain_text(data: bytes, name: str) -> str:
 
 
 def _pdf_text(data: bytes, name: str) -> str:
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # it reports damage on its own account
     try:
-        import io
-
         from pypdf import PdfReader
     except ImportError:
         raise ValueError(f"[ask] {name} is a PDF; got no PDF reader; try pip install 'mlx-kvprune[pdf]'") from None

@@ -92,7 +92,7 @@ def find(name: str) -> Policy:
     if name in POLICIES:
         return POLICIES[name]
     near = difflib.get_close_matches(name, POLICIES, n=1)
-    hint = f"did you mean {near[0]!r}?" if near else f"one of: {', '.join(POLICIES)}"
+    hint = repr(near[0]) if near else f"one of: {', '.join(POLICIES)}"
     raise ValueError(f"[policy] unknown; got {name!r}; try {hint}")
 
 

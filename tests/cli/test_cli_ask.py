@@ -1,0 +1,112 @@
+"""``ask`` in a process of its own: answers, JSON, several questions, comparison, and bad input."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from cli_helpers import run
+
+SMALL = ("--budget", "150", "--max-tokens", "5")
+FABLE = "A lion woke. A mouse ran over him. The lion was angry. He let the mouse go. " * 12
+
+
+@pytest.fixture
+def fable(tmp_path):
+    path = tmp_path / "fable.txt"
+    path.write_text(FABLE)
+    return str(path)
+
+
+def last_json(result) -> dict:
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_an_answer_and_what_it_cost(tiny, fable):
+    result = run("ask", fable, "-q", "Who woke?", "--model", str(tiny), *SMALL, "--policy", "window", "--window", "16")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip()
+    for word in ("slots per KV head", "memory", "the full cache of", "tok/s"):
+        assert word in result.stderr
+    assert "\x1b" not in result.stdout + result.stderr, "no control codes where there is no terminal"
+
+
+@pytest.mark.parametrize("policy", ["probe", "window", "snapkv", "full"])
+def test_json_of_one_question(tiny, fable, policy):
+    options = ["--budget", "400", "--max-tokens", "5", "--policy", policy, "--window", "16"]
+    fields = last_json(run("ask", fable, "-q", "Who woke?", "--model", str(tiny), *options, "--json"))
+    assert fields["policy"] == policy
+    assert fields["tokens_seen"] >= fields["prompt_tokens"] > 900
+    assert fields["text"] == fields["answers"][0]["text"]
+    assert policy == "full" or fields["slots_held"] <= 400
+    assert policy == "full" or fields["kv_bytes_peak"] < fields["kv_bytes_full"] / 2
+    assert fields["prefill_tps"] > 0
+
+
+def test_several_questions_read_once_and_answer_like_one_alone(tiny, fable):
+    ask = ["ask", fable, "--model", str(tiny), "--budget", "300", "--max-tokens", "8", "--json"]
+    both = last_json(run(*ask, "-q", "Who woke?", "-q", "Who ran?"))
+    assert [a["question"] for a in both["answers"]] == ["Who woke?", "Who ran?"]
+    assert both["policy"] == "snapkv"
+    other = last_json(run(*ask, "-q", "Who ran?", "-q", "Who woke?"))
+    assert {a["question"]: a["text"] for a in both["answers"]} == {a["question"]: a["text"] for a in other["answers"]}
+
+
+def test_comparison_with_other_policies(tiny, fable):
+    ask = ["ask", fable, "-q", "Who?", "--model", str(tiny), "--budget", "400", "--max-tokens", "5"]
+    result = run(*ask, "--compare", "window", "--compare", "full")
+    assert result.stdout.startswith("probe: ")
+    assert "\nwindow: " in result.stdout
+    assert "\nfull: " in result.stdout
+    fields = last_json(run(*ask, "--compare", "window", "--json"))
+    assert [c["policy"] for c in fields["compared"]] == ["window"]
+
+
+def test_standard_input_and_several_files(tiny, fable, tmp_path):
+    second = tmp_path / "second.md"
+    second.write_text("# Second\n\nThe fox ran.")
+    options = ["-q", "Who?", "--model", str(tiny), "--budget", "400", "--max-tokens", "5", "--json"]
+    one = last_json(run("ask", fable, *options))
+    two = last_json(run("ask", fable, str(second), *options))
+    piped = last_json(run("ask", "-", *options, stdin=FABLE))
+    assert two["prompt_tokens"] > one["prompt_tokens"]
+    assert piped["text"] == one["text"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("missing.txt", None, r"cannot read"),
+        ("binary.bin", b"\x7fELF\x00\x00\xff\xfe\x00", r"is not text"),
+        ("empty.txt", b"  \n ", r"no text in"),
+        ("latin.txt", b"caf\xe9", r"is not text"),
+        ("broken.pdf", b"%PDF-1.7 nothing", r"is a damaged PDF|no PDF reader"),
+        ("folder", "folder", r"is a folder"),
+    ],
+)
+def test_bad_files(tmp_path, name, content, message):
+    path = tmp_path / name
+    if content == "folder":
+        path.mkdir()
+    elif content is not None:
+        path.write_bytes(content)
+    one_line(run("ask", str(path), "-q", "Who?"), message)
+
+
+def test_other_bad_input(tiny, short, fable):
+    one_line(run("ask", fable), "no question")
+    one_line(run("ask", fable, "-q", "  "), "no question")
+    one_line(run("ask", fable, "-q", "Who?", "--policy", "prob"), "unknown; got 'prob'; try .*'probe'")
+    one_line(run("ask", fable, "-q", "Who?", "--budget", "20", "--model", str(tiny)), "too small")
+    one_line(run("ask", fable, "-q", "Who?", "--model", str(short)), "longer than the 300 tokens")
+
+
+def one_line(result, message: str) -> None:
+    import re
+
+    assert result.returncode == 2, (result.stdout, result.stderr)
+    assert result.stdout == ""
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    assert re.search(message, result.stderr), result.stderr
+    assert "Traceback" not in result.stderr

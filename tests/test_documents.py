@@ -1,0 +1,112 @@
+"""Reading files, and what a prompt is made of."""
+
+import io
+
+import mlx.core as mx
+import pytest
+import tiny_models as zoo
+
+import mlx_kvprune as kvp
+from mlx_kvprune.attach import settings_from
+from mlx_kvprune.documents import check_length, context_length, prefill, prompt_for, read, settings_for
+from mlx_kvprune.forward import pruned
+
+
+class Letters:
+    """A tokenizer of one token per character, with a template that frames the user's words."""
+
+    chat_template = "yes"
+
+    def encode(self, text, add_special_tokens=True):
+        return [ord(c) % 128 for c in text]
+
+    def apply_chat_template(self, messages, tokenize, add_generation_prompt):
+        return "<user>" + messages[0]["content"] + "<assistant>"
+
+
+def pdf(text: str) -> bytes:
+    """A PDF of one page."""
+    stream = f"BT /F1 12 Tf 72 720 Td ({text}) Tj ET"
+    objects = [
+        "<< /Type /Catalog /Pages 2 0 R >>",
+        "<< /Type /Pages /Kids [3 0 R] /Count 1 >>",
+        "<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Contents 4 0 R /Resources << /Font << /F1 5 0 R >> >> >>",
+        f"<< /Length {len(stream)} >>\nstream\n{stream}\nendstream",
+        "<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica >>",
+    ]
+    out, places = "%PDF-1.4\n", []
+    for number, body in enumerate(objects, 1):
+        places.append(len(out))
+        out += f"{number} 0 obj\n{body}\nendobj\n"
+    table = "".join(f"{place:010d} 00000 n \n" for place in places)
+    out += f"xref\n0 6\n0000000000 65535 f \n{table}trailer\n<< /Size 6 /Root 1 0 R >>\nstartxref\n{len(out)}\n%%EOF"
+    return out.encode()
+
+
+def test_a_pdf_is_read(tmp_path):
+    path = tmp_path / "page.pdf"
+    path.write_bytes(pdf("The pedlar bought salt."))
+    assert read(path) == "The pedlar bought salt."
+
+
+@pytest.mark.parametrize("data", ["naïve ☃\r\ntext".encode("utf-8-sig"), "naïve ☃\r\ntext".encode("utf-16")])
+def test_encodings_and_line_ends(tmp_path, data):
+    path = tmp_path / "a.txt"
+    path.write_bytes(data)
+    assert read(path) == "naïve ☃\ntext"
+
+
+def test_standard_input(monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(b" piped ")))
+    assert read("-") == "piped"
+
+
+def test_the_question_stands_before_and_after_the_document():
+    text = "".join(map(chr, [c for part in parts(pinned=True) for c in part]))
+    assert text.count("Who ran?") == 2
+    before, after = text.split("A mouse ran.")
+    assert "Who ran?" in before
+    assert after.endswith("Who ran?<assistant>")
+    unknown = "".join(map(chr, parts(pinned=False)[0]))
+    assert "Who ran?" not in unknown
+
+
+def parts(pinned):
+    prompt = prompt_for(Letters(), "A mouse ran.", "Who ran?", pinned=pinned)
+    return prompt.before, prompt.document, prompt.after
+
+
+def test_what_stands_before_the_document_is_pinned_and_probe_has_its_question():
+    prompt = prompt_for(Letters(), "A mouse ran.", "Who ran?", pinned=True)
+    probing = settings_for(settings_from(policy="probe", budget=999), prompt)
+    assert probing.n_sink == len(prompt.before)
+    assert probing.question == tuple(prompt.after)
+    assert settings_for(settings_from(policy="window", budget=999), prompt).question == ()
+
+
+def test_pinned_tokens_are_held_to_the_end():
+    model = zoo.tiny_model("llama")
+    cache = kvp.make_cache(model, policy="window", budget=120, n_sink=30, window=16, block=16)
+    prefill(model, list(range(100)) * 3, cache, step=64)
+    positions = pruned(cache)[0].pool.positions[0, 0].tolist()
+    assert set(range(30)) <= set(positions)
+    kvp.detach(model)
+
+
+def test_too_long_for_the_model_is_refused():
+    model = zoo.tiny_model("llama")
+    limit = context_length(model)
+    assert limit == 512
+    prompt = prompt_for(Letters(), "x" * 500, "Who?", pinned=False)
+    with pytest.raises(ValueError, match="longer than the 512 tokens"):
+        check_length(model, prompt, 10)
+    check_length(model, prompt_for(Letters(), "x", "Who?", pinned=False), 10)
+
+
+def test_prefill_reports_progress():
+    model, seen = zoo.tiny_model("llama"), []
+    cache = kvp.make_cache(model, budget=200)
+    prefill(model, list(range(100)), cache, step=40, progress=lambda done, total, _: seen.append((done, total)))
+    assert seen == [(40, 100), (80, 100), (100, 100)]
+    assert mx.array(pruned(cache)[0].offset) == 100
+    kvp.detach(model)
