@@ -1,0 +1,68 @@
+"""Texts: files of each kind, what is wrong with them, and excerpts."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from mlx_kvprune.evals import texts
+
+WORDS = SimpleNamespace(encode=lambda text: text.split())
+
+
+def test_each_kind_of_file(tmp_path):
+    for name in ("a.txt", "b.md"):
+        (tmp_path / name).write_text("Grüße.\n", encoding="utf-8")
+        assert texts.documents(tmp_path / name) == ["Grüße.\n"]
+    lines = "\n".join(json.dumps({"id": i, "text": f"text {i}"}) for i in range(2))
+    (tmp_path / "c.jsonl").write_text(lines + "\n\n")
+    assert texts.documents(tmp_path / "c.jsonl") == ["text 0", "text 1"]
+    (tmp_path / "d.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    assert texts.documents(str(tmp_path / "d.jsonl.gz")) == ["text 0", "text 1"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("a.pdf", b"x", "not a known kind"),
+        ("a.txt", b"\xff\xfe\x00", "cannot read"),
+        ("a.txt.gz", b"not gzip", "cannot read"),
+        ("a.txt", b" \n", "no text"),
+        ("a.jsonl", b'{"text": "x"}\n{"txt": "x"}\n', "line 2"),
+        ("a.jsonl", b"[1]\n", "line 1"),
+        ("a.jsonl", b"{", "line 1"),
+        ("a.jsonl", b'{"text": 3}', "line 1"),
+    ],
+)
+def test_what_is_wrong_is_said(tmp_path, name, content, problem):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=problem) as caught:
+        texts.documents(tmp_path / name)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_file(tmp_path):
+    with pytest.raises(ValueError, match="No such file"):
+        texts.documents(tmp_path / "none.txt")
+
+
+def test_the_shipped_document_and_its_absence(tmp_path, monkeypatch):
+    assert len(texts.documents()[0]) > 10_000
+    monkeypatch.setattr(texts, "__file__", str(tmp_path / "site-packages" / "mlx_kvprune" / "evals" / "texts.py"))
+    with pytest.raises(ValueError, match="--data FILE"):
+        texts.documents()
+
+
+def test_an_excerpt_is_of_the_first_text_that_is_long_enough():
+    assert texts.excerpt(WORDS, ["a b", "c d e f", "g h i j k"], 3) == ["c", "d", "e"]
+    with pytest.raises(ValueError, match="got 4 at most"):
+        texts.excerpt(WORDS, ["a b", "c d e f"], 5)
+
+
+def test_sentences():
+    found = texts.sentences(['One  two.\nThree "four!" Five\n\nSix', "Seven?  Eight."], 1000)
+    assert found == ["One two.", 'Three "four!"', "Five", "Six", "Seven?", "Eight."]
+    assert texts.sentences(["One. Two. Three."], 8) == ["One.", "Two."]
