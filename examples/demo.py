@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-QUESTION = "What did the neighbour tell the Miser to put into the hole?"
+QUESTION = "How many oxen did the sick man vow to sacrifice to the gods?"
 
 if __name__ == "__main__":
     print(f"document: examples/documents/aesop-fables.txt (3,489 tokens)\nquestion: {QUESTION}\n", flush=True)

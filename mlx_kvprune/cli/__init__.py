@@ -1,0 +1,1 @@
+"""The command line: one typer file per verb, the same options everywhere."""

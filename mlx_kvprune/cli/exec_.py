@@ -1,0 +1,154 @@
+"""``exec``: any verb of mlx-lm in this process, every model that it loads with bounded caches."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, Any
+
+import typer
+
+from mlx_kvprune.cli.options import CacheOptions, Dtype, Seed, fields_of, settings_of, spread
+from mlx_kvprune.settings import CacheSettings
+
+EPILOG = """Examples:
+
+  mlx-kvprune exec --policy window --budget 512 -- mlx_lm.server --model smollm2-135m --port 8080
+
+  mlx-kvprune exec --budget 64MB -- mlx_lm.generate --model ./my-model --prompt "Hello" --max-tokens 100
+
+  mlx-kvprune exec --policy snapkv --budget 256 -- mlx_lm.perplexity --model smollm2-135m
+"""
+
+VERBS = ("generate", "chat", "server", "evaluate", "perplexity", "benchmark", "cache_prompt")
+REFUSED = {
+    "--kv-bits": "--budget before the `--`: it bounds bytes as well",
+    "--kv-group-size": "--budget before the `--`: it bounds bytes as well",
+    "--quantized-kv-start": "--budget before the `--`: it bounds bytes as well",
+    "--max-kv-size": "--budget before the `--`",
+    "--draft-model": "without it: a bounded cache cannot take back rejected tokens",
+    "--num-draft-tokens": "without it: a bounded cache cannot take back rejected tokens",
+}
+Command = Annotated[
+    list[str] | None, typer.Argument(metavar="-- mlx_lm.VERB ...", help="The mlx-lm command, as you would type it.")
+]
+
+
+@spread
+def exec_(cache: CacheOptions, command: Command = None, dtype: Dtype = None, seed: Seed = 0) -> None:
+    """Run a verb of mlx-lm with bounded caches: generate, chat, server, evaluate, perplexity, benchmark, cache_prompt.
+
+    Options of the cache come before the `--`, mlx-lm's own after it. Names that `models` lists may be given to --model.
+    """
+    settings = settings_of(cache, seed)
+    verb, rest = parse(command or [])
+    refuse_ignored(rest)
+    rest = [*resolved(rest, dtype)]
+    module = _module(verb)
+    before, sys.argv = sys.argv, [f"mlx_lm.{verb}", *rest]
+    try:
+        with hooked(settings, dtype):
+            module.main()
+    finally:
+        sys.argv = before
+
+
+def parse(words: list[str]) -> tuple[str, list[str]]:
+    """``mlx_lm.server ...``, ``mlx_lm server ...`` or ``python -m`` of both, as the verb and its arguments.
+
+    Raises:
+        ValueError: something else.
+    """
+    rest = list(words)
+    if len(rest) > 1 and re.fullmatch(r"(.*/)?python[\d.]*", rest[0]) and rest[1] == "-m":
+        rest = rest[2:]
+    if not rest:
+        raise ValueError("[exec] no command; got none; try mlx-kvprune exec -- mlx_lm.server --model smollm2-135m")
+    name, rest = rest[0], rest[1:]
+    if name in ("mlx_lm", "mlx-lm") and rest:
+        name, rest = f"mlx_lm.{rest[0]}", rest[1:]
+    prefix, _, verb = name.rpartition(".")
+    if prefix != "mlx_lm" or verb not in VERBS:
+        near = difflib.get_close_matches(verb, VERBS, n=1)
+        hint = f"mlx_lm.{near[0]}" if near else "mlx_lm." + ", mlx_lm.".join(VERBS)
+        raise ValueError(f"[exec] not a verb of mlx-lm that keeps a KV cache; got {name!r}; try {hint}")
+    return verb, rest
+
+
+def refuse_ignored(arguments: list[str]) -> None:
+    """Refuse mlx-lm's flags that bounded caches would make it ignore.
+
+    Raises:
+        ValueError: there is one.
+    """
+    for argument in arguments:
+        name = argument.partition("=")[0]
+        flag = next((f for f in REFUSED if f == name or (len(name) > 5 and f.startswith(name))), None)
+        if flag and name not in ("--max-tokens", "--model"):
+            raise ValueError(f"[exec] {flag} has no effect on bounded caches; got {argument!r}; try {REFUSED[flag]}")
+
+
+def resolved(arguments: list[str], dtype: str | None) -> Iterator[str]:
+    """The arguments, the value of --model a directory if it was the name of a known model."""
+    is_value = False
+    for argument in arguments:
+        flag, equals, value = argument.partition("=")
+        if is_value:
+            yield directory(argument, dtype)
+        elif flag == "--model" and equals:
+            yield f"--model={directory(value, dtype)}"
+        else:
+            yield argument
+        is_value = argument == "--model"
+
+
+def directory(name: Any, dtype: str | None) -> Any:
+    """Where a known model lies (it is pulled first if need be); any other name as it is."""
+    from mlx_kvprune import models
+
+    known = {card.name for card in models.known_models()}
+    return str(models.pull(name, dtype=dtype)) if name in known else name
+
+
+@contextmanager
+def hooked(settings: CacheSettings, dtype: str | None = None) -> Iterator[None]:
+    """While this is entered, every model that mlx-lm loads is attached."""
+    import mlx_lm.models.cache
+    import mlx_lm.utils
+
+    from mlx_kvprune.attach import attach
+    from mlx_kvprune.cache import PrunedKVCache
+
+    mlx_lm.models.cache.PrunedKVCache = PrunedKVCache  # type: ignore[attr-defined]  # a saved cache may be read before a model
+    original = mlx_lm.utils.load
+
+    def load(path: Any, *args: Any, **kwargs: Any) -> Any:
+        loaded = original(directory(path, dtype), *args, **kwargs)
+        attach(loaded[0], **fields_of(settings))
+        return loaded
+
+    _rebind(original, load)
+    try:
+        yield
+    finally:
+        _rebind(load, original)
+
+
+def _rebind(old: Callable[..., Any], new: Callable[..., Any]) -> None:
+    """Put ``new`` under every name ``load`` of mlx-lm's modules that means ``old``."""
+    for name, module in list(sys.modules.items()):
+        if name.partition(".")[0] == "mlx_lm" and getattr(module, "load", None) is old:
+            setattr(module, "load", new)  # noqa: B010
+
+
+def _module(verb: str) -> Any:
+    try:
+        return importlib.import_module(f"mlx_lm.{verb}")
+    except ModuleNotFoundError as error:
+        raise ValueError(
+            f"[exec] mlx_lm.{verb} needs a package that is not here; got {error.name}; try pip install {error.name}"
+        ) from error

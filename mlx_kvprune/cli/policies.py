@@ -1,0 +1,40 @@
+"""``policies``: what may be kept when the cache is full."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlx_kvprune.cli.options import Json, spread
+
+EPILOG = """Examples:
+
+  mlx-kvprune policies
+
+  mlx-kvprune generate --policy snapkv --policy-option kernel=9 --budget 512 --prompt "Hello"
+"""
+
+
+@spread
+def policies(json: Json = False) -> None:
+    """List the policies, one line each, with their hyper-parameters and defaults (for --policy-option)."""
+    from mlx_kvprune.cli import output
+    from mlx_kvprune.policy import POLICIES
+
+    if json:
+        output.write_json({"policies": [_fields_of(policy) for policy in POLICIES.values()]})
+        return
+    rows = [("NAME", "KEEPS", "OPTIONS")]
+    rows += [(p.name, p.summary, " ".join(f"{k}={v}" for k, v in _options(p).items())) for p in POLICIES.values()]
+    output.table(rows)
+
+
+def _fields_of(policy: Any) -> dict[str, Any]:
+    return {"name": policy.name, "summary": policy.summary, "options": _options(policy)}
+
+
+def _options(policy: Any) -> dict[str, Any]:
+    """Hyper-parameters that --policy-option takes; those that have an option of their own are left out."""
+    from mlx_kvprune.scorers.base import options_of
+
+    options = options_of(policy.scorer) if policy.scorer is not None else {}
+    return {name: value for name, value in options.items() if name not in ("seed", "n_sink")}

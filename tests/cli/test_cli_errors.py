@@ -1,0 +1,167 @@
+"""Bad input: exit code 2, one line that says what, got and try, and no traceback."""
+
+from __future__ import annotations
+
+import io
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+from cli_helpers import ENVIRONMENT, run
+
+from mlx_kvprune.cli import main as cli
+
+SAY = ("generate", "--prompt", "Hello")
+EARLY = [  # found out before a model is loaded
+    ("frobnicate", r"no such verb; got 'frobnicate'; try `mlx-kvprune --help`"),
+    ("generat --prompt x", r"no such verb; got 'generat'; try generate"),
+    ("generate --polcy window", r"no such option; got '--polcy'; try --policy"),
+    ("generate --prompt", r"'--prompt' requires an argument; try"),
+    ("generate --prompt x --max-tokens 0", r"invalid value for '--max-tokens'"),
+    ("generate --prompt x --temp -1", r"invalid value for '--temp'"),
+    ("generate --prompt x --policy snapk", r"\[policy\] unknown; got 'snapk'; try 'snapkv'"),
+    ("generate --prompt x --budget lots", r"\[budget\] not a budget; got 'lots'; try 512"),
+    ("generate --prompt x --budget -5", r"\[budget\] not a budget; got '-5'; try 512"),
+    ("generate --prompt x --budget 10", r"\[budget\] too small .* got 10 tokens per KV head; try 101 or more"),
+    ("generate --prompt x --kv-bits 4", r"\[kv-bits\] quantized storage is not in this version; got 4; try"),
+    ("generate --prompt x --kv-key-bits 4", r"\[kv-key-bits\] quantized storage is not in this version; got 4; try"),
+    ("generate --prompt x --kv-group-size 32", r"\[kv-group-size\] quantized storage is not in this version"),
+    ("generate --prompt x --store tokens", r"\[store\] not in this version; got 'tokens'; try one of: kv"),
+    ("generate --prompt x --positions cache", r"\[positions\] not in this version; got 'cache'; try one of: text"),
+    ("generate --prompt x --allocator pyramid", r"\[allocator\] not in this version; got 'pyramid'; try"),
+    ("generate --prompt x --sinks -1", r"\[sinks\] must be a whole number of at least 0; got -1; try"),
+    ("generate --prompt x --policy snapkv --policy-option kernle=3", r"no such option; got 'kernle'; try kernel=5"),
+    ("generate --prompt x --policy snapkv --policy-option kernel=x", r"must be a whole number; got 'x'; try kernel=5"),
+    ("generate --prompt x --policy snapkv --policy-option kernel", r"not NAME=VALUE; got 'kernel'; try"),
+    ("generate --prompt x --model nosuch", r"\[load\] unknown model; got 'nosuch'; try"),
+    ("generate --prompt x --model smolm2-135m", r"\[load\] unknown model; got 'smolm2-135m'; try 'smollm2-135m'"),
+    ("generate", r"\[prompt\] empty; got ''; try --prompt"),
+    ("generate --prompt -", r"\[prompt\] empty; got ''; try --prompt"),
+    ("chat --policy snapk", r"\[policy\] unknown; got 'snapk'"),
+    ("pull nosuch", r"unknown model; got 'nosuch'; try"),
+    ("pull", r"missing argument 'NAME'; try `mlx-kvprune pull --help`"),
+    ("exec", r"\[exec\] no command; got none; try"),
+    ("exec -- mlx_lm.serve", r"\[exec\] not a verb .*; got 'mlx_lm.serve'; try mlx_lm.server"),
+    ("exec -- ls", r"\[exec\] not a verb .*; got 'ls'; try mlx_lm\."),
+    ("exec -- mlx_lm.generate --kv-bits 4", r"--kv-bits has no effect .*; got '--kv-bits'; try --budget"),
+    ("exec -- mlx_lm.generate --max-kv-size=9", r"--max-kv-size has no effect .*; got '--max-kv-size=9'; try"),
+    ("exec -- mlx_lm.server --draft-model x", r"--draft-model has no effect .*; try without it"),
+]
+
+
+@pytest.mark.parametrize(("line", "message"), EARLY)
+def test_bad_input(line, message, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    assert cli.main(line.split()) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert_one_line(printed.err, message)
+
+
+def assert_one_line(stderr: str, message: str) -> None:
+    lines = stderr.splitlines()
+    assert len(lines) == 1, stderr
+    assert lines[0].startswith("mlx-kvprune: [")
+    assert re.search(message, lines[0]), lines[0]
+    assert "; try" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "stdin", "message"),
+    [
+        (["--prompt", ""], "", r"\[prompt\] empty"),
+        ([], "", r"\[prompt\] empty"),
+        (
+            ["--model", "{short}", "--prompt", "x" * 280],
+            "",
+            r"\[context\] .*; got \d+ \+ 256 tokens, the limit is 300; try",
+        ),
+        (["--model", "{short}", "--prompt", "x" * 400], "", r"\[context\] .*; try a shorter prompt"),
+        (["--model", "{tiny}", "--policy", "probe", "--prompt", "x"], "", r"needs a question; got none; try `ask`"),
+        (
+            ["--model", "{tiny}", "--budget", "2KB", "--prompt", "x"],
+            "",
+            r"\[budget\] too small .*; got 2000 bytes; try",
+        ),
+        (["--model", "{empty}", "--prompt", "x"], "", r"\[load\] cannot load .*; got .*; try"),
+    ],
+)
+def test_bad_input_in_a_process(arguments, stdin, message, tiny, short, tmp_path):
+    places = {"tiny": tiny, "short": short, "empty": tmp_path}
+    done = run("generate", *[a.format(**places) for a in arguments], stdin=stdin)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert_one_line(done.stderr, message)
+
+
+def test_failure_of_ours(capsys, monkeypatch):
+    def broken(*_: object) -> None:
+        raise RuntimeError("it broke\nin two lines")
+
+    monkeypatch.setattr("mlx_kvprune.cli.generate.read_prompt", broken)
+    assert cli.main([*SAY]) == 1
+    printed = capsys.readouterr()
+    assert printed.err == (
+        "mlx-kvprune: [failure] RuntimeError: it broke in two lines; try again with --debug for the traceback\n"
+    )
+
+
+@pytest.mark.parametrize("words", [["--debug", *SAY], [*SAY, "--debug"], [*SAY]])
+def test_debug_shows_the_traceback(words, capsys, monkeypatch):
+    monkeypatch.setattr("mlx_kvprune.cli.generate.read_prompt", lambda *_: 1 / 0)
+    if "--debug" not in words:
+        monkeypatch.setenv("MLX_KVPRUNE_DEBUG", "1")
+    assert cli.main(words) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_interrupt_leaves_without_a_traceback(capsys, monkeypatch):
+    def pressed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlx_kvprune.cli.generate.read_prompt", pressed)
+    assert cli.main([*SAY]) == 130
+    assert capsys.readouterr().err == ""
+
+
+def test_reader_that_goes_away(tiny):
+    command = [sys.executable, "-m", "mlx_kvprune", "generate", "--model", str(tiny), "--prompt", "Hello", "-m", "5000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=ENVIRONMENT)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.read(10)
+    process.stdout.close()
+    with process.stderr:
+        assert (process.wait(60), process.stderr.read()) == (141, b"")
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    code = (
+        "import sys, mlx_kvprune.cli.main as m; m.main(['--help'])\n"
+        "print([n for n in ('mlx_lm', 'transformers', 'huggingface_hub', 'tokenizers') if n in sys.modules])"
+    )
+    best = 9.0
+    for _ in range(5):
+        began = time.perf_counter()
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=ENVIRONMENT, check=True)
+        best = min(best, time.perf_counter() - began)
+    assert done.stdout.endswith("[]\n")
+    assert "generate" in done.stdout
+    assert best < 1.0  # 0.25 s on a quiet machine
+
+
+def test_every_verb_has_help_with_examples(capsys):
+    for verb in ("models", "pull", "generate", "chat", "exec", "policies"):
+        assert cli.main([verb, "--help"]) == 0
+        assert "Examples:" in capsys.readouterr().out
+
+
+def test_no_verb_shows_the_help(capsys):
+    assert cli.main([]) == 0
+    assert "generate" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out.startswith("mlx-kvprune 0.")
