@@ -270,7 +270,7 @@ def _hub_errors(name: str) -> Iterator[None]:
         yield
     except Exception as error:  # the hub's client raises what its HTTP library of the day raises
         raise ValueError(
-            f"[pull] cannot fetch {name}; got {_first_line(error)}; "
+            f"[pull] cannot fetch {name}, and there is no such directory; got {_first_line(error)}; "
             "try again with a network, or a name that `mlx-kvprune models` lists"
         ) from error
 
@@ -287,7 +287,7 @@ def _load_errors(name: str | Path, place: Path, dtype: str | None) -> Iterator[N
 
 
 def _first_line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
+    text = str(error).strip().removeprefix("Got: ") or type(error).__name__
     return text.splitlines()[0][:200].rstrip(".")
 
 
