@@ -6,8 +6,8 @@
 
 VENV ?= .venv
 BIN := $(VENV)/bin
-EXTRAS := $(if $(filter Linux,$(shell uname -s)),cpu$(comma),)
-comma := ,
+COMMA := ,
+EXTRAS := $(if $(filter Linux,$(shell uname -s)),cpu$(COMMA))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 python; do \
 	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done)
 

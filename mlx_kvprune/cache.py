@@ -15,7 +15,7 @@ from mlx_kvprune.rope import Rope
 from mlx_kvprune.scorers import Held, Scorer, Seen
 from mlx_kvprune.scorers.base import State
 from mlx_kvprune.settings import CacheSettings
-from mlx_kvprune.slots import Pool, Ring, Writes
+from mlx_kvprune.slots import LayerSlots, Writes
 
 UNBOUNDED = 1 << 30
 MAX_SEGMENT = 512  # most queries that attend at once: bounds the score matrix
@@ -74,9 +74,8 @@ class PrunedKVCache:
         self.layer = layer
         self.dense = dense
         self.offset = 0  # tokens seen: what the model's rotary embedding reads
-        self.written = 0  # of them, those that are in the ring or have been; behind only inside a forward pass
-        self._ring: Ring | None = None
-        self._pool: Pool | None = None
+        block = self.settings.block or 0
+        self.held = LayerSlots(self.settings.ring_size, block, self._limit(), self.scorer.memory)
         self.signals: State = {}
         self.scale = 1.0
         self.n_heads: int | None = None  # query heads, once they were seen
@@ -92,7 +91,6 @@ class PrunedKVCache:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         """Take the keys and values ``(B, H_kv, L, D)`` of new tokens; return what their queries attend to."""
-        self._start(keys, values)
         self.fetched = self._update_dense(keys, values) if self.dense else self._hand_out(keys, values)
         return self.fetched
 
@@ -111,7 +109,7 @@ class PrunedKVCache:
     def _update_dense(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         self.room()
         view = self._write(keys, values)
-        self.offset = self.written
+        self.offset = self.held.written
         keys, values = (mx.concatenate(list(x), axis=2) for x in (view.keys, view.values))
         self._spill()
         return keys, values
@@ -130,36 +128,24 @@ class PrunedKVCache:
 
     def size(self) -> int:
         """Slots held per KV head."""
-        return 0 if self.empty() else self.pool.count + self.ring.count
+        return self.held.size()
 
     def empty(self) -> bool:
-        return self._ring is None
-
-    @property
-    def ring(self) -> Ring:
-        """The newest tokens."""
-        assert self._ring is not None, "nothing was written yet"
-        return self._ring
-
-    @property
-    def pool(self) -> Pool:
-        """The older ones that were kept."""
-        assert self._pool is not None, "nothing was written yet"
-        return self._pool
+        return self.held.empty()
 
     @property
     def nbytes(self) -> int:
         """Bytes of everything that stays between forward calls."""
-        slots = 0 if self.empty() else self.ring.nbytes + self.pool.nbytes
-        return slots + sum(x.nbytes for x in self.signals.values())
+        return self.held.nbytes + sum(x.nbytes for x in self.signals.values())
 
     @property
     def nbytes_full(self) -> int:
         """Bytes that an unpruned cache of the same type would hold for the tokens seen."""
         if self.empty():
             return 0
-        batch, heads, _, width = self.ring.keys.shape
-        row = (width + self.ring.values.shape[-1]) * self.ring.keys.itemsize
+        ring = self.held.ring
+        batch, heads, _, width = ring.keys.shape
+        row = (width + ring.values.shape[-1]) * ring.keys.itemsize
         return batch * heads * row * self.offset
 
     def is_trimmable(self) -> bool:
@@ -179,8 +165,8 @@ class PrunedKVCache:
             )
         n = min(n, self.offset)
         if n:
-            self._forget(n)
-        self.offset = self.written = self.offset - n
+            self.held.forget(n)
+            self.offset, self.planned = self.offset - n, None
         return n
 
     @property
@@ -193,25 +179,21 @@ class PrunedKVCache:
             "dense": self.dense,
             "evicted": self.evicted,
             "signals": sorted(self.signals),
-            "count": 0 if self.empty() else self.pool.count,
+            "count": 0 if self.empty() else self.held.pool.count,
             "peak": self.nbytes_peak,
         }
-        return (json.dumps(meta), self.offset, self.scale, *self._slots(), *(self.signals[n] for n in meta["signals"]))
+        signals = (self.signals[name] for name in meta["signals"])
+        return (json.dumps(meta), self.offset, self.scale, *self.held.arrays(), *signals)
 
     @state.setter
     def state(self, leaves: tuple[Any, ...]) -> None:
         meta = json.loads(leaves[0])
-        leaves = tuple(mx.array(x) if isinstance(x, mx.array) else x for x in leaves)  # own objects: written in place
         settings = CacheSettings.from_json(meta["settings"])
         PrunedKVCache.__init__(self, settings, meta["slots"], meta["layer"], meta["dense"])
         self.offset, self.scale = leaves[1:3]
-        self.written = self.offset
         self.evicted, self.nbytes_peak = meta["evicted"], meta["peak"]
-        ring, pool, signals = leaves[3:6], leaves[6:10], leaves[10:]
-        if ring[0] is not None:
-            self._ring = Ring(*ring)
-            self._pool = Pool(self._limit(), meta["count"], *pool)
-        self.signals = dict(zip(meta["signals"], signals, strict=True))
+        self.held.restore(leaves[3:10], meta["count"], self.offset)
+        self.signals = dict(zip(meta["signals"], leaves[10:], strict=True))
 
     @classmethod
     def from_state(cls, state: tuple[Any, ...]) -> PrunedKVCache:
@@ -243,7 +225,7 @@ class PrunedKVCache:
 
     def backend(self) -> tuple[str, str]:
         """How the next decode step attends, and why."""
-        pool = not self.empty() and self.pool.count > 0
+        pool = not self.empty() and self.held.pool.count > 0
         return backend(2 if pool else 1, self._wants_weights)
 
     def room(self) -> int:
@@ -251,85 +233,42 @@ class PrunedKVCache:
 
         While the pool has empty slots, more than the ring's share can be written at once: nothing is scored yet.
         """
-        if self.empty():
-            return min(MAX_SEGMENT, self.settings.ring_size + self._limit() // self._block * self._block)
-        if self.evicts_next():
-            self.upkeep(self._block)
-        spare = self.settings.ring_size - self.ring.count
-        return min(MAX_SEGMENT, spare + self.pool.free // self._block * self._block)
+        if self.held.evicts_next():
+            self.upkeep(self.held.block)
+        return min(MAX_SEGMENT, self.held.spare() + self.held.free())
 
     def step_room(self) -> int:
         """Tokens that the next call of the whole model may bring so that none is evicted before all layers saw it.
 
         Where the scorer must be told something after the call, all of them are still in the ring then.
         """
-        spare = self.settings.ring_size - (0 if self.empty() else self.ring.count)
-        free = self._limit() if self.empty() else self.pool.free
-        if not self.scorer.needs & {"logits", "question"}:
-            spare += free // self._block * self._block
-        return spare or self._block
-
-    def full(self) -> bool:
-        """Whether the next token makes slots change hands."""
-        return not self.empty() and self.ring.count >= self.settings.ring_size
+        told_later = self.scorer.needs & {"logits", "question"}
+        return self.held.spare() + (0 if told_later else self.held.free()) or self.held.block
 
     def upkeep(self, n: int) -> None:
         """Move the oldest ``n`` tokens of the ring to the pool; where it is full, the lowest scores are overwritten."""
-        if self.pool.free >= n:
-            self.pool.fill(self.ring.oldest(n), self._ring_positions()[:, :, :n])
-        else:
-            assert self.planned is None or self.planned.n == n
-            self.pool.write(self.planned or self._choose(n))
-            self.planned, self.evicted = None, True
-        self.ring.drop_oldest(n)
+        if self.held.pool.free >= n:
+            self.held.move(n)
+            return
+        self.held.move(n, self.planned or self._choose(n))
+        self.planned, self.evicted = None, True
 
     def plan(self) -> list[mx.array]:
         """Choose now what the next token's upkeep will write; returns the arrays that are to be evaluated for it.
 
         A pool that is read and written in one graph is copied. Evaluated ahead, the choice leaves only the write.
         """
-        if self.planned is None and self.evicts_next() and "rope" not in self.scorer.needs:
-            self.planned = self._choose(self._block)
+        if self.planned is None and self.held.evicts_next() and "rope" not in self.scorer.needs:
+            self.planned = self._choose(self.held.block)
         return [] if self.planned is None else [self.planned.slots, *self.planned.rows.values()]
 
-    def _choose(self, n: int) -> Writes:
-        held, count = self._held(), self.pool.count
-        scores = self.scorer.score(held, self.signals).astype(mx.float32)
-        scores = mx.where(held.positions < self.settings.n_sink, mx.inf, scores)
-        slots, leaving = slice(0, count), slice(count, count + n)
-        positions = held.positions[:, :, leaving]
-        return self.pool.choose(self.ring.oldest(n), positions, scores[:, :, slots], scores[:, :, leaving])
-
-    def evicts_next(self) -> bool:
-        """Whether the next token makes slots be evicted."""
-        return self.full() and self.pool.free < self._block
-
     def evictable(self) -> mx.array:
-        """Which slots are neither sinks nor in the window, as the first row and head hold them ``(B, 1, S)``."""
-        positions = self._held().positions[:, :1]
-        settings = self.settings
-        newest = self.written - (settings.window or 0)
+        """Which slots are neither sinks nor in the window, as the first head holds them ``(B, 1, S)``."""
+        positions, settings = self.held.positions()[:, :1], self.settings
+        newest = self.held.written - (settings.window or 0)
         return (positions >= settings.n_sink) & (positions < newest)
 
-    def remember(self, memory: mx.array) -> None:
-        """Set what is remembered of everything held ``(B, H_kv, S)``."""
-        count = self.pool.count
-        self.ring.memory = memory[:, :, count:]
-        self._set_pool_memory(memory[:, :, :count])
-
-    def remember_newest(self, memory: mx.array) -> None:
-        """Set what is remembered of the newest ``L`` tokens ``(B, L)``, all of them in the ring, for every KV head."""
-        assert self.ring.memory is not None
-        n = memory.shape[1]
-        new = mx.broadcast_to(memory[:, None], (*self.ring.memory.shape[:2], n))
-        self.ring.memory = mx.concatenate([self.ring.memory[:, :, :-n], new], axis=2)
-
     # -- inside ------------------------------------------------------------------------------------------------------
-
-    @property
-    def _block(self) -> int:
-        assert self.settings.block is not None
-        return self.settings.block
 
     @property
     def _wants_weights(self) -> bool:
@@ -338,23 +277,16 @@ class PrunedKVCache:
     def _limit(self) -> int:
         return UNBOUNDED if self.slots is None else self.slots - self.settings.ring_size
 
-    def _slots(self) -> tuple[mx.array | None, ...]:
-        if self.empty():
-            return (None,) * 7
-        ring, pool = self.ring, self.pool
-        return (ring.keys, ring.values, ring.memory, pool.keys, pool.values, pool.positions, pool.memory)
-
-    def _start(self, keys: mx.array, values: mx.array) -> None:
-        if self.empty():
-            memory = mx.zeros((*keys.shape[:2], 0)) if self.scorer.memory else None
-            self._ring = Ring(keys[:, :, :0], values[:, :, :0], memory)
-            self._pool = Pool.like(self._ring, self._limit())
+    def _choose(self, n: int) -> Writes:
+        held = self.everything()
+        scores = self.scorer.score(held, self.signals).astype(mx.float32)
+        return self.held.choose(n, mx.where(held.positions < self.settings.n_sink, mx.inf, scores))
 
     def _size_for_next(self) -> int:
-        """Slots per KV head that the next new token will find: fewer than now if it makes slots change hands."""
-        if self.probing or not self.evicts_next():
+        """Slots per KV head that the next new token will find: fewer than now if it makes slots be evicted."""
+        if self.probing or not self.held.evicts_next():
             return self.size()
-        return self.size() - self._block + self.pool.free
+        return self.size() - self.held.block + self.held.pool.free
 
     def _write_blocks(self, handle: Handle) -> Iterator[tuple[slice, View]]:
         """Write the new tokens in steps that evict nothing; yields which ones, and what they may attend to."""
@@ -368,66 +300,40 @@ class PrunedKVCache:
             start = span.stop
 
     def _write(self, keys: mx.array, values: mx.array) -> View:
-        self.ring.append(keys, values, self.scorer.first(keys, values) if self.scorer.memory else None)
-        self.written += keys.shape[2]
-        return self._view()
+        self.held.write(keys, values, self.scorer.first(keys, values) if self.scorer.memory else None)
+        return View(*self.held.parts())
 
     def _spill(self) -> None:
         """What the ring cannot hold moves on at once."""
-        over = self.ring.count - self.settings.ring_size
-        if over > 0:
-            self.upkeep(-(-over // self._block) * self._block)
+        if over := self.held.overflow():
+            self.upkeep(over)
         self.nbytes_peak = max(self.nbytes_peak, self.nbytes)
 
-    def _view(self) -> View:
-        ring, pool = self.ring, self.pool
-        if pool.count == 0:
-            return View((ring.keys,), (ring.values,))
-        used = slice(0, pool.count)
-        return View((pool.keys[:, :, used], ring.keys), (pool.values[:, :, used], ring.values))
-
-    def _held(self) -> Held:
-        view, pool, ring = self._view(), self.pool, self.ring
-        join = lambda old, new: mx.concatenate([old[:, :, : pool.count], new], axis=2)
+    def everything(self) -> Held:
+        """What is held, as a scorer sees it."""
+        keys, values = (mx.concatenate(list(x), axis=2) for x in self.held.parts())
         return Held(
-            keys=mx.concatenate(list(view.keys), axis=2),
-            values=mx.concatenate(list(view.values), axis=2),
-            positions=join(pool.positions, self._ring_positions()),
-            memory=None if ring.memory is None else join(pool.memory, ring.memory),
-            now=self.written,
+            keys=keys,
+            values=values,
+            positions=self.held.positions(),
+            memory=self.held.memory(),
+            now=self.held.written,
             layer=self.layer,
             scale=self.scale,
             rope=self.rope,
         )
 
-    def _ring_positions(self) -> mx.array:
-        batch, heads, count, _ = self.ring.keys.shape
-        newest = mx.arange(self.written - count, self.written, dtype=mx.int32)
-        return mx.broadcast_to(newest, (batch, heads, count))
-
     def _observe(self, queries: mx.array, seen: Attended) -> mx.array:
         """Tell the scorer; what it remembers is tied to the output, so that it is evaluated with the step."""
+        ties: list[mx.array | None] = []
         if seen.weights is not None:
-            self._update_memory(seen.weights)
+            ties += self.held.update_memory(self.scorer.attended, seen.weights)
         if "queries" in self.scorer.needs:
-            step = Seen(queries, self.written - queries.shape[2], self.rope)
+            step = Seen(queries, self.held.written - queries.shape[2], self.rope)
             self.signals = self.scorer.observe(self.signals, step)
-        ties = list(self.signals.values())
-        if seen.weights is not None:
-            ties += [x for x in (self.ring.memory, self.pool.memory) if x is not None]
-        return mx.depends([seen.out], ties)[0] if ties else seen.out
-
-    def _update_memory(self, weights: tuple[mx.array, ...]) -> None:
-        *older, newest = weights
-        assert self.ring.memory is not None and self.pool.memory is not None
-        self.ring.memory = self.scorer.attended(self.ring.memory, newest)
-        if older:
-            self._set_pool_memory(self.scorer.attended(self.pool.memory[:, :, : self.pool.count], older[0]))
-
-    def _set_pool_memory(self, memory: mx.array) -> None:
-        assert self.pool.memory is not None
-        unused = self.pool.memory[:, :, self.pool.count :]
-        self.pool.memory = mx.concatenate([memory, unused], axis=2) if unused.shape[2] else memory
+            ties += self.signals.values()
+        tied = [x for x in ties if x is not None]
+        return mx.depends([seen.out], tied)[0] if tied else seen.out
 
     def _attend_probe(
         self, queries: mx.array, handle: Handle, scale: float, mask: Mask, sinks: mx.array | None
@@ -435,7 +341,7 @@ class PrunedKVCache:
         """The question's tokens attend to what is held and to themselves; nothing changes but what was heard."""
         first = not handle.blocks
         if first:
-            view, join = self._view(), lambda x, new: (*x[:-1], mx.concatenate([x[-1], new], axis=2))
+            view, join = View(*self.held.parts()), lambda x, new: (*x[:-1], mx.concatenate([x[-1], new], axis=2))
             view = View(join(view.keys, handle.keys), join(view.values, handle.values))
             handle.blocks.append((slice(0, queries.shape[2]), view))
         view = handle.blocks[0][1]
@@ -443,20 +349,6 @@ class PrunedKVCache:
         if seen.weights is not None:
             self.heard = self.scorer.heard(mx.concatenate(list(seen.weights), axis=-1))[..., : self.size()]
         return seen.out
-
-    def _forget(self, n: int) -> None:
-        """Take back the newest ``n`` tokens while every token is still held, in order."""
-        ring, pool, keep = self.ring, self.pool, self.written - n
-        self.planned = None
-        over = max(0, keep - self.settings.ring_size)
-        count = -(-over // self._block) * self._block
-        back = slice(count, pool.count)
-        for name in ("keys", "values", "memory"):
-            held = getattr(ring, name)
-            if held is not None:
-                held = mx.concatenate([getattr(pool, name)[:, :, back], held], axis=2)
-                setattr(ring, name, held[:, :, : keep - count])
-        pool.clear(back)
 
 
 def _among_new(mask: Mask, span: slice, total: int) -> Mask:

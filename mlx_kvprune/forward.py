@@ -57,14 +57,14 @@ def settle(bounded: list[PrunedKVCache]) -> None:
 
     The one host synchronisation per ``block`` tokens.
     """
-    if bounded[0].full():
+    if bounded[0].held.full():
         mx.eval([c.plan() for c in bounded], [c.state for c in bounded])
 
 
 def _in_steps(call: Call, inputs: mx.array, caches: Any, bounded: list[PrunedKVCache], kwargs: dict) -> mx.array:
     out, start, total = [], 0, inputs.shape[1]
     while start < total:
-        if bounded[0].evicts_next() and bounded[0].settings.question:
+        if bounded[0].held.evicts_next() and bounded[0].settings.question:
             probe(call, caches, bounded)
         settle(bounded)
         span = slice(start, min(total, start + bounded[0].step_room()))
@@ -98,13 +98,13 @@ def note_surprise(bounded: list[PrunedKVCache], tokens: mx.array, logits: mx.arr
     carried = first.scorer.carried(surprisal, first.signals.get("past", mx.zeros((batch,))))
     first.signals = {"logits": mx.contiguous(logits[:, -1]), "past": carried[:, -1]}
     for cache in bounded:
-        cache.remember_newest(carried)
+        cache.held.remember_newest(carried)
 
 
 def probe(call: Call, caches: Any, bounded: list[PrunedKVCache]) -> None:
     """Run the question's tokens as temporary queries over what is held; only the memory of the slots changes."""
     question = mx.array(bounded[0].settings.question)[None]
-    batch = bounded[0].ring.keys.shape[0]
+    batch = bounded[0].held.ring.keys.shape[0]
     others = [c for c in leaves(caches) if not isinstance(c, PrunedKVCache)]
     before = [_copied(c.state) for c in others]
     _set_probing(bounded, True)
@@ -112,7 +112,7 @@ def probe(call: Call, caches: Any, bounded: list[PrunedKVCache]) -> None:
         call(mx.broadcast_to(question, (batch, question.shape[1])), cache=caches)
         memories = bounded[0].scorer.combined([c.heard for c in bounded], bounded[0].evictable())
         for cache, memory in zip(bounded, memories, strict=True):
-            cache.remember(memory)
+            cache.held.remember(memory)
         mx.eval([c.state for c in bounded])
     finally:
         _set_probing(bounded, False)

@@ -318,7 +318,7 @@ def heard_by(past: Past, head: int, held: list[int], queries: np.ndarray, keys: 
 
 def kept_positions(cache: Any) -> np.ndarray:
     """Positions that a ``PrunedKVCache`` holds, in text order ``(B, H_kv, S)``."""
-    batch, heads, count, _ = cache.ring.keys.shape
+    batch, heads, count, _ = cache.held.ring.keys.shape
     newest = np.broadcast_to(np.arange(cache.offset - count, cache.offset), (batch, heads, count))
-    older = np.array(cache.pool.positions)[:, :, : cache.pool.count]
+    older = np.array(cache.held.pool.positions)[:, :, : cache.held.pool.count]
     return np.sort(np.concatenate([older, newest], axis=2), axis=2)

@@ -91,7 +91,7 @@ def keeps_its_word(cache: PrunedKVCache, case: Case, seen: int) -> None:
 
 
 def bytes_are_right(cache: PrunedKVCache, case: Case) -> None:
-    arrays = [x for x in (*cache._slots(), *cache.signals.values()) if x is not None]
+    arrays = [x for x in (*cache.held.arrays(), *cache.signals.values()) if x is not None]
     assert cache.nbytes == sum(x.size * x.itemsize for x in arrays)
     shape = LayerShape(HEADS, KV_HEADS, WIDTH, WIDTH, 4)
     state = case.batch * cache.scorer.state_nbytes(HEADS, WIDTH)
@@ -121,7 +121,7 @@ def test_slots_carry_their_own_token(case):
     """The keys and values in a slot are those that came at its position."""
     cache, arrays = case.cache(), tensors(case)
     read(cache, arrays, case.chunks)
-    held = cache._held()
+    held = cache.everything()
     index = held.positions[..., None]
     assert mx.array_equal(held.keys, mx.take_along_axis(arrays[1], index, axis=2))
     assert mx.array_equal(held.values, mx.take_along_axis(arrays[2], index, axis=2))
@@ -172,7 +172,7 @@ def test_copies_are_independent(case, way):
         expected = read(alone, texts[i], (3, 1, 21))
         np.testing.assert_allclose(np.concatenate([x[i] for x in outs], axis=2), expected, rtol=1e-5, atol=1e-6)
         np.testing.assert_array_equal(reference.kept_positions(c), reference.kept_positions(alone))
-        np.testing.assert_array_equal(c._held().keys, alone._held().keys)
+        np.testing.assert_array_equal(c.everything().keys, alone.everything().keys)
 
 
 @quickly

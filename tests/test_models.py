@@ -40,6 +40,8 @@ if mode == "gone" or mode == "second fails" and name.endswith("2"):
 if mode == "full":
     sys.exit("ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device")
 if mode == "slow":
+    with open(f"{shelf}/pid", "w") as file:
+        file.write(str(os.getpid()))
     with open(os.environ["TMPDIR"] + "/growing", "wb") as file:
         for _ in range(200):
             file.write(bytes(1000)); file.flush(); time.sleep(0.1)
@@ -338,16 +340,21 @@ models.pull("tiny-llama")
 """
 
 
-@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGKILL])
-def test_stopped_in_the_download(tmp_path, cache, shelf, monkeypatch, stop):
+@pytest.mark.parametrize(
+    ("tell", "stop"), [(os.killpg, signal.SIGINT), (os.kill, signal.SIGINT), (os.killpg, signal.SIGKILL)]
+)
+def test_stopped_in_the_download(tmp_path, cache, shelf, monkeypatch, tell, stop):
     monkeypatch.setenv("FAKE_PIP", "slow")
     command = [sys.executable, "-c", PULL_SLOWLY, str(tmp_path / "cards")]
     with subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL) as process:
         while not list(cache.glob("downloads/partial-*/growing")):
             time.sleep(0.05)
             assert process.poll() is None
-        os.killpg(process.pid, stop)
+        tell(process.pid, stop)
         assert process.wait(60) != 0
+    if stop == signal.SIGINT:
+        with pytest.raises(ProcessLookupError):  # pip did not outlive us
+            os.kill(int((shelf / "pid").read_text()), 0)
     assert (files(cache) == []) == (stop == signal.SIGINT)  # a killed process cannot tidy up ...
     for left in cache.glob("downloads/partial-*"):
         os.utime(left, (0, 0))

@@ -217,7 +217,9 @@ def pieces() -> tuple[list[str], list[float], list[int]]:
     words = ["th", "the", "▁the", "▁t", "at", "cat", "▁cat", "sat", "▁s", "▁sat", "on", "▁on", "▁▁"]
     tokens += [*letters, *words]
     types += [1] * (len(letters) + len(words))
-    scores = [0.0] * 261 + [-1000.0] * len(letters) + [-float(5 * rank % len(words)) for rank in range(len(words))]
+    scores = (
+        [0.0] * 261 + [-1000.0] * len(letters) + [-float((3 * rank + 4) % len(words)) for rank in range(len(words))]
+    )
     return tokens, scores, types
 
 

@@ -110,12 +110,10 @@ def evictions(model: nn.Module, tokens: Sequence[int], caches: list[Any], tick: 
 
 def _is_held(cache: PrunedKVCache, n_tokens: int) -> np.ndarray:
     """Which positions one layer holds: ``(B, H_kv, n_tokens)`` bool."""
-    assert cache.ring is not None
-    assert cache.pool is not None
-    shape = (*cache.ring.keys.shape[:2], n_tokens)
+    shape = (*cache.held.ring.keys.shape[:2], n_tokens)
     now = np.zeros(shape, bool)
-    now[..., cache.written - cache.ring.count : cache.written] = True
-    positions = np.array(cache.pool.positions[:, :, : cache.pool.count]).astype(np.int64)
+    now[..., cache.held.written - cache.held.ring.count : cache.held.written] = True
+    positions = np.array(cache.held.pool.positions[:, :, : cache.held.pool.count]).astype(np.int64)
     np.put_along_axis(now, positions, True, axis=-1)
     return now
 
@@ -181,12 +179,12 @@ def full_weights(caches: list[Any], asked: np.ndarray, start: int) -> np.ndarray
 
 
 def _layer_weights(cache: PrunedKVCache) -> mx.array:
-    pool, ring = cache.pool, cache.ring
+    pool, ring = cache.held.pool, cache.held.ring
     assert ring is not None
     assert pool is not None
     keys = mx.concatenate([pool.keys[:, :, : pool.count], ring.keys], axis=2)
-    positions = mx.broadcast_to(mx.arange(cache.written, dtype=mx.int32), keys.shape[:3])
-    everything = Held(keys, keys, positions, None, cache.written, cache.layer, cache.scale)
+    positions = mx.broadcast_to(mx.arange(cache.held.written, dtype=mx.int32), keys.shape[:3])
+    everything = Held(keys, keys, positions, None, cache.held.written, cache.layer, cache.scale)
     return attention_of(cache.signals["queries"], everything)
 
 

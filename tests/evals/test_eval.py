@@ -69,7 +69,7 @@ def test_a_drawn_table(run):
     [
         (["--tasks", "fidelty"], "[tasks] not a list of tasks; got 'fidelty'"),
         (["--tasks", ""], "[tasks]"),
-        (["--policies", "snapvk"], "did you mean 'snapkv'"),
+        (["--policies", "snapvk"], "try 'snapkv'"),
         (["--budgets", "many"], "[budget] not a budget"),
         (["--budgets", ""], "[budgets] none"),
         (["--budgets", "32"], "[budget] too small"),

@@ -119,7 +119,7 @@ def test_more_queries_than_the_window_holds(policy):
     for t in range(90):
         out = step(cache, *(x[:, :, t : t + 1] for x in arrays))
         assert np.isfinite(out).all()
-    held = cache._held()
+    held = cache.everything()
     scores = np.array(cache.scorer.score(held, cache.signals))
     assert np.isfinite(scores).all()
 

@@ -23,7 +23,7 @@ CHUNKS = (2, 50, 7, 33, 64, 1, 20, *[1] * 23)
 
 def remembered(cache: PrunedKVCache) -> dict[tuple[int, int, int], float]:
     """What is remembered of each slot, by row, KV head and position."""
-    held = cache._held()
+    held = cache.everything()
     positions, memory = np.array(held.positions), np.array(held.memory)
     return {(*index[:2], int(positions[index])): float(memory[index]) for index in np.ndindex(positions.shape)}
 
