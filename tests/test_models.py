@@ -43,7 +43,7 @@ if mode == "slow":
     with open(f"{shelf}/pid", "w") as file:
         file.write(str(os.getpid()))
     with open(os.environ["TMPDIR"] + "/growing", "wb") as file:
-        for _ in range(200):
+        for _ in range(1200):
             file.write(bytes(1000)); file.flush(); time.sleep(0.1)
 shutil.copy(f"{shelf}/{wheel}", dest)
 """
