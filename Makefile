@@ -2,14 +2,14 @@
 # make test   sets everything up and runs the tests
 # make check  formatting, lint and types      make bench   speed against stock mlx-lm (quiet machine, 20 minutes)
 #
-# Needs Python 3.10 or newer, git, make and a C++ compiler. Everything goes into .venv and the user's cache folder.
+# Needs Python 3.11 or newer (as mlx-lm does), git, make and a C++ compiler. Everything goes into .venv and the user's cache folder.
 
 VENV ?= .venv
 BIN := $(VENV)/bin
 COMMA := ,
 EXTRAS := $(if $(filter Linux,$(shell uname -s)),cpu$(COMMA))
-PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10 python; do \
-	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done)
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
+	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
 .PHONY: demo test check bench setup dev clean
 .DELETE_ON_ERROR:
@@ -34,7 +34,7 @@ setup: $(VENV)/.setup
 dev: $(VENV)/.dev
 
 $(VENV)/.venv:
-	@test -n "$(PYTHON)" || { echo "make: needs Python 3.10 or newer; got none on the PATH; try PYTHON=/path/to/python3"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "make: needs Python 3.11 or newer; got none on the PATH; try PYTHON=/path/to/python3"; exit 1; }
 	@$(PYTHON) -m venv $(VENV) >/dev/null 2>&1 || { $(PYTHON) -m venv --clear --without-pip $(VENV) && \
 		$(PYTHON) -m pip --python $(BIN)/python install --quiet pip; } || \
 		{ echo "make: cannot make a virtual environment with $(PYTHON); try installing python3-venv"; exit 1; }

@@ -11,7 +11,7 @@ import difflib
 import hashlib
 import json
 import math
-import sys
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,11 +24,6 @@ from mlx_kvprune.blas import cache_dir
 from mlx_kvprune.fetch import Source, as_source, fetch, install, require_space, scratch, sha256
 from mlx_kvprune.gguf_reader import GGUF, read
 from mlx_kvprune.progress import Bar, Progress
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib  # pyright: ignore[reportMissingImports]
 
 if TYPE_CHECKING:
     import mlx.nn as nn

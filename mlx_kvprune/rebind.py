@@ -67,11 +67,35 @@ def speculative_generate_step(prompt: mx.array, model: Any, draft_model: Any, *a
     return _original("speculative_generate_step")(prompt, model, draft_model, *args, **kwargs)
 
 
+def make_prompt_cache(model: Any, max_kv_size: int | None = None) -> list[Any]:
+    """mlx-lm's function; it would ignore ``max_kv_size`` without a word, as the model makes its own caches."""
+    cache = _original("make_prompt_cache")(model, max_kv_size)
+    if max_kv_size is not None and pruned(cache):
+        raise ValueError(
+            f"[max-kv-size] a bounded cache has a budget; got {max_kv_size}; try attach(model, budget=...)"
+        )
+    return cache
+
+
+def maybe_quantize_kv_cache(
+    prompt_cache: Any, quantized_kv_start: int, kv_group_size: int, kv_bits: int | None
+) -> None:
+    """mlx-lm's function; it would leave bounded caches as they are without a word."""
+    if kv_bits is not None and pruned(prompt_cache):
+        raise ValueError(f"[kv-bits] a bounded cache is not quantized by mlx-lm; got {kv_bits}; try a smaller budget")
+    _original("maybe_quantize_kv_cache")(prompt_cache, quantized_kv_start, kv_group_size, kv_bits)
+
+
 def _made(model: Any) -> list[Any]:
-    return importlib.import_module("mlx_lm.models.cache").make_prompt_cache(model)
+    return _original("make_prompt_cache")(model)
 
 
-_SOURCES = {"scaled_dot_product_attention": "mlx_lm.models.base", "speculative_generate_step": "mlx_lm.generate"}
+_SOURCES = {
+    "scaled_dot_product_attention": "mlx_lm.models.base",
+    "speculative_generate_step": "mlx_lm.generate",
+    "make_prompt_cache": "mlx_lm.models.cache",
+    "maybe_quantize_kv_cache": "mlx_lm.generate",
+}
 _originals: dict[str, Callable[..., Any]] = {}
 
 

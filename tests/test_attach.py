@@ -166,6 +166,17 @@ def test_speculative_decoding_is_refused():
     assert generate.speculative_generate_step is speculative_generate_step
 
 
+def test_caps_of_mlx_lm_are_not_ignored_silently():
+    generate = importlib.import_module("mlx_lm.generate")
+    model = zoo.tiny_model("llama")
+    kvp.attach(model, budget=200, quiet=True)
+    for wrong in ({"max_kv_size": 64}, {"kv_bits": 4}):
+        with pytest.raises(ValueError, match="a bounded cache"):
+            next(generate.generate_step(mx.array(TOKENS), model, **wrong))
+    kvp.detach(model)
+    assert next(generate.generate_step(mx.array(TOKENS), model, max_kv_size=64))
+
+
 def test_byte_budgets_are_kept_everything_counted():
     model = zoo.tiny_model("llama")
     for policy in ("window", "h2o", "snapkv", "expected_attention"):
