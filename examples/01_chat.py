@@ -2,26 +2,21 @@
 
 import sys
 
-import mlx_kvprune as kvp  # before mlx_lm: on Linux it loads a fast BLAS
-
-import mlx_lm  # isort: skip
+import mlx_kvprune as kvp
+from mlx_kvprune.attach import settings_from
+from mlx_kvprune.cli.conversation import Conversation
+from mlx_kvprune.cli.options import SamplingOptions
+from mlx_kvprune.cli.stream import Stop
 
 
 def main() -> None:
     model, tokenizer = kvp.load(sys.argv[1] if len(sys.argv) > 1 else "smollm2-135m")
-    cache = kvp.make_cache(model, policy="window", budget=512)
-    first = True
+    settings = settings_from(policy="window", budget=512)
+    talk = Conversation(model, tokenizer, settings, SamplingOptions(max_tokens=100))
     while said := input("> ").strip():
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": said}], tokenize=False, add_generation_prompt=True
-        )
-        # The cache holds the conversation: only the new turn goes in, and the template's preamble only once.
-        turn = text if first else "\n" + text[text.index("<|im_start|>user") :] if "<|im_start|>user" in text else text
-        prompt = tokenizer.encode(turn, add_special_tokens=False)
-        for part in mlx_lm.stream_generate(model, tokenizer, prompt, max_tokens=100, prompt_cache=cache):
-            print(part.text, end="", flush=True)
-        first = False
-        state = kvp.report(cache)
+        with Stop() as stop:  # Ctrl-C ends the answer, not the conversation
+            talk.ask(said, lambda text: print(text, end="", flush=True), stop)
+        state = kvp.report(talk.cache)
         print(f"\n[{state.slots_held} slots held of {state.tokens_seen} tokens seen]")
 
 
