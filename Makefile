@@ -24,7 +24,7 @@ test: dev
 check: dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/pyright
+	$(BIN)/pyright --pythonpath $(BIN)/python
 
 bench: setup
 	@$(BIN)/mlx-kvprune pull smollm2-135m
