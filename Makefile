@@ -42,7 +42,7 @@ $(VENV)/.venv:
 
 $(VENV)/.setup: $(VENV)/.venv pyproject.toml
 	@echo "Installing mlx-kvprune into $(VENV) ..."
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)gguf]'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(EXTRAS)gguf,pdf,chat]'
 	@$(BIN)/python -c 'from mlx_kvprune import blas; blas.build()'
 	@touch $@
 

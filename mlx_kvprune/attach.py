@@ -38,11 +38,13 @@ class Attachment:
         rung: how much the model can be given, and why not more.
         settings: of the caches that ``model.make_cache()`` makes; None if only ``make_cache(model)`` was asked for.
         classes: modules and the classes they had before.
+        own_make_cache: what stood in the place of ``make_cache`` on the instance, if anything did.
     """
 
     rung: Rung
     settings: CacheSettings | None = None
     classes: list[tuple[nn.Module, type]] = field(default_factory=list)
+    own_make_cache: Any = None
 
     def __str__(self) -> str:
         name = f"{self.rung.name} ({len(self.rung.layers)} layers bounded"
@@ -91,11 +93,16 @@ def attach(
 
 
 def detach(model: nn.Module) -> None:
-    """Restore the model, its modules and mlx-lm's names to what they were. Does nothing if nothing was attached."""
+    """Restore the model, its modules and mlx-lm's names to what they were. Does nothing if nothing was attached.
+
+    Bounded caches that were made before are of no use to the model then.
+    """
     attachment = model.__dict__.pop(SLOT, None)
     if attachment is None:
         return
     model.__dict__.pop("make_cache", None)
+    if attachment.own_make_cache is not None:
+        model.make_cache = attachment.own_make_cache  # type: ignore[attr-defined]
     for module, original in attachment.classes:
         module.__class__ = original
     rebind.release()
@@ -155,16 +162,16 @@ def attachment_of(model: nn.Module) -> Attachment | None:
 
 def _hook(model: nn.Module) -> Attachment:
     """Put the subclasses in and bind the names, once per model."""
-    if SLOT in model.__dict__:
-        return model.__dict__[SLOT]
     if not isinstance(model, nn.Module) or not hasattr(model, "layers"):
         raise ValueError(f"[attach] not a model of mlx-lm; got {type(model).__name__}; try mlx_lm.load(path)[0]")
+    if SLOT in model.__dict__:
+        return model.__dict__[SLOT]
     rebind.acquire()
     rung = find_rung(model, lambda fn: _replaced(model, fn))
     if rung.name == "refuse":
         rebind.release()
         raise ValueError(f"[attach] {_type_of(model)} cannot be bounded; got {rung.reason}; try another model type")
-    attachment = Attachment(rung)
+    attachment = Attachment(rung, own_make_cache=model.__dict__.get("make_cache"))
     _subclass(model, _stepwise, attachment)
     for layer in rung.layers:
         if not any(module is layer.attention for module, _ in attachment.classes):
@@ -254,6 +261,10 @@ def _stock_caches(model: nn.Module) -> list[Any]:
     """What the model would give without us."""
     from mlx_lm.models.cache import KVCache
 
+    attachment = attachment_of(model)
+    own = attachment.own_make_cache if attachment else model.__dict__.get("make_cache")
+    if own is not None:
+        return own()
     if hasattr(type(model), "make_cache"):
         return type(model).make_cache(model)
     return [KVCache() for _ in range(len(model.layers))]  # type: ignore[arg-type]

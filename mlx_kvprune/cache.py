@@ -91,6 +91,10 @@ class PrunedKVCache:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         """Take the keys and values ``(B, H_kv, L, D)`` of new tokens; return what their queries attend to."""
+        if keys.shape[0] > 1 and self.settings.budget.nbytes is not None:
+            raise ValueError(
+                f"[budget] a budget in bytes is for one sequence; got a batch of {keys.shape[0]}; try a budget in tokens"
+            )
         self.fetched = self._update_dense(keys, values) if self.dense else self._hand_out(keys, values)
         return self.fetched
 

@@ -16,6 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_kvprune.attach import attachment_of, make_from_settings
+from mlx_kvprune.context import trained_context
 from mlx_kvprune.settings import CacheSettings
 
 HERE = "\x00document\x00"
@@ -69,7 +70,7 @@ def _pdf_text(data: bytes, name: str) -> str:
     try:
         from pypdf import PdfReader
     except ImportError:
-        raise ValueError(f"[ask] {name} is a PDF; got no PDF reader; try pip install 'mlx-kvprune[pdf]'") from None
+        raise ValueError(f"[ask] {name} is a PDF; got no PDF reader; try pip install pypdf") from None
     try:
         pages = [page.extract_text() or "" for page in PdfReader(io.BytesIO(data)).pages]
     except Exception as error:  # pypdf raises many types on damaged files
@@ -111,24 +112,13 @@ def settings_for(settings: CacheSettings, prompt: Prompt) -> CacheSettings:
     return settings.but(n_sink=n_sink, question=question)
 
 
-def context_length(model: nn.Module) -> int | None:
-    """Tokens that the model was trained to read, or None where its configuration does not say."""
-    args = getattr(model, "args", None)
-    for holder in (args, getattr(args, "text_config", None)):
-        length = (holder or {}).get("max_position_embeddings") if isinstance(holder, dict | None) else None
-        length = length or getattr(holder, "max_position_embeddings", None)
-        if isinstance(length, int):
-            return length
-    return None
-
-
 def check_length(model: nn.Module, prompt: Prompt, max_tokens: int) -> None:
     """Refuse what is longer than the model was trained to read, while positions are those of the text.
 
     Raises:
         ValueError: too long.
     """
-    limit, total = context_length(model), prompt.n_tokens + max_tokens
+    limit, total = trained_context(model), prompt.n_tokens + max_tokens
     if limit is not None and total > limit:
         raise ValueError(
             f"[ask] longer than the {limit} tokens that this model was trained to read; got {prompt.n_tokens} + "
@@ -189,7 +179,13 @@ def read_into_cache(
     assert attachment_of(model) is not None
     prompt = prompt_for(tokenizer, document, question, pinned=pinned)
     check_length(model, prompt, max_tokens)
-    cache = make_from_settings(model, settings_for(settings, prompt))
+    chosen = settings_for(settings, prompt)
+    if chosen.budget.tokens is not None and settings.policy != "full" and chosen.budget.tokens < chosen.smallest_budget:
+        raise ValueError(
+            f"[ask] the budget has no room for the question, which pins {chosen.n_sink} tokens, beside a ring of "
+            f"{chosen.ring_size}; got {chosen.budget.tokens}; try {chosen.smallest_budget + 64} or more"
+        )
+    cache = make_from_settings(model, chosen)
     start = time.perf_counter()
     prefill(model, prompt.before + prompt.document, cache, step=step, progress=progress)
     return Reading(prompt, cache, time.perf_counter() - start)

@@ -4,7 +4,8 @@
 ``uniform``  the model does its own attention: it is handed dense arrays, every head holds the same number of slots.
 ``refuse``   neither gives the model's own logits.
 
-Which rung holds is not looked up but tried: a few tokens through the model with each kind of cache.
+Which rung holds is not looked up but tried: a few tokens through the model with each kind of cache. The exception are a few
+types (``INDEXED``) that would pass the trial and still be wrong.
 """
 
 from __future__ import annotations

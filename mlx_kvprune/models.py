@@ -271,12 +271,30 @@ def _hub_errors(name: str) -> Iterator[None]:
 
 
 @contextmanager
+def load_errors(name: str) -> Iterator[None]:
+    """Say in one line what was wrong when mlx-lm itself could not load ``name``."""
+    try:
+        yield
+    except ValueError as error:
+        if str(error).startswith("["):
+            raise
+        raise ValueError(f"[load] cannot load {name}; got {_first_line(error)}; {_hint(name)}") from error
+    except (OSError, RuntimeError, LookupError) as error:
+        raise ValueError(f"[load] cannot load {name}; got {_first_line(error)}; {_hint(name)}") from error
+
+
+def _hint(name: str) -> str:
+    near = difflib.get_close_matches(name, [card.name for card in known_models()], n=1)
+    return f"try {near[0]}" if near else "try a name that `mlx-kvprune models` lists, or a directory"
+
+
+@contextmanager
 def _load_errors(name: str | Path, place: Path, dtype: str | None) -> Iterator[None]:
     try:
         yield
     except (OSError, RuntimeError, ValueError, LookupError, TypeError) as error:
         problem = _first_line(error)
-        if (place / MANIFEST).is_file():
+        if (place / MANIFEST).is_file() and "not supported" not in problem:
             raise ValueError(_damaged(name, dtype, problem)) from error
         raise ValueError(f"[load] cannot load {name}; got {problem}; try a directory that mlx-lm can load") from error
 

@@ -77,9 +77,10 @@ def policy_for(settings: CacheSettings) -> tuple[Policy, CacheSettings]:
         options.setdefault("seed", settings.seed)
     if "n_sink" in known:
         options.setdefault("n_sink", settings.n_sink)
+    scorer: Any = policy.scorer
+    replace(scorer, **options).check()
     if "last" in known:  # as published, the observation window is never evicted: its queries find their own time
         options["last"] = min(options.get("last", known["last"]), settings.window)
-    scorer: Any = policy.scorer
     return replace(policy, scorer=replace(scorer, **options)), settings
 
 

@@ -86,6 +86,15 @@ def maybe_quantize_kv_cache(
     _original("maybe_quantize_kv_cache")(prompt_cache, quantized_kv_start, kv_group_size, kv_bits)
 
 
+def batch_generate(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """mlx-lm's function; refused, for bounded caches are not merged into batches yet."""
+    if pruned(_made(model)):
+        raise ValueError(
+            "[batch] bounded caches are not batched in this version; got batch_generate; try one at a time"
+        )
+    return _original("batch_generate")(model, *args, **kwargs)
+
+
 def _made(model: Any) -> list[Any]:
     return _original("make_prompt_cache")(model)
 
@@ -93,6 +102,7 @@ def _made(model: Any) -> list[Any]:
 _SOURCES = {
     "scaled_dot_product_attention": "mlx_lm.models.base",
     "speculative_generate_step": "mlx_lm.generate",
+    "batch_generate": "mlx_lm.generate",
     "make_prompt_cache": "mlx_lm.models.cache",
     "maybe_quantize_kv_cache": "mlx_lm.generate",
 }

@@ -74,6 +74,8 @@ class CacheSettings:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "budget", Budget.parse(self.budget))
+        if isinstance(self.question, str):
+            raise ValueError(f"[question] must be token ids; got {self.question!r}; try tokenizer.encode(question)")
         object.__setattr__(self, "question", tuple(int(token) for token in self.question))
         _at_least("sinks", self.n_sink, 0)
         for name in ("window", "block"):
@@ -109,7 +111,7 @@ class CacheSettings:
             parts += f"block {self.block or DEFAULT_BLOCK}) + 1"
             raise ValueError(
                 f"[budget] too small for {parts}; got {tokens} tokens per KV head; try {self.smallest_budget} or more, "
-                "or a smaller --window"
+                "or a smaller --window, or fewer --sinks"
             )
         return tokens
 

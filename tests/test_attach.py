@@ -204,3 +204,36 @@ def test_report_of_stock_and_bounded_caches():
     with pytest.raises(ValueError, match=r"\[report\]"):
         kvp.report(model)
     kvp.detach(model)
+
+
+def test_a_byte_budget_is_for_one_sequence():
+    model = zoo.tiny_model("llama")
+    cache = kvp.make_cache(model, budget="400KB")
+    with pytest.raises(ValueError, match="a batch of 2"):
+        model(mx.array([TOKENS, TOKENS]), cache=cache)
+    kvp.detach(model)
+
+
+def test_a_make_cache_of_the_instances_own_is_used_and_put_back():
+    model = zoo.tiny_model("llama")
+    own = lambda: [KVCache(), KVCache()]
+    model.make_cache = own
+    kvp.attach(model, budget=200, quiet=True)
+    assert [type(c) for c in model.make_cache()] == [kvp.PrunedKVCache] * 2
+    kvp.detach(model)
+    assert model.make_cache is own
+
+
+@pytest.mark.parametrize("wrong", [None, "smollm2-135m", nn.Linear(2, 2)])
+def test_what_is_not_a_model_is_refused(wrong):
+    with pytest.raises(ValueError, match="not a model of mlx-lm"):
+        kvp.attach(wrong)
+
+
+def test_batches_with_history_are_refused():
+    generate = importlib.import_module("mlx_lm.generate")
+    model = zoo.tiny_model("llama")
+    kvp.attach(model, budget=200, quiet=True)
+    with pytest.raises(ValueError, match=r"\[batch\]"):
+        generate.batch_generate(model, None, [TOKENS])
+    kvp.detach(model)

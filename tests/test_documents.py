@@ -8,7 +8,8 @@ import tiny_models as zoo
 
 import mlx_kvprune as kvp
 from mlx_kvprune.attach import settings_from
-from mlx_kvprune.documents import check_length, context_length, prefill, prompt_for, read, settings_for
+from mlx_kvprune.context import trained_context
+from mlx_kvprune.documents import check_length, prefill, prompt_for, read, settings_for
 from mlx_kvprune.forward import pruned
 
 
@@ -95,7 +96,7 @@ def test_pinned_tokens_are_held_to_the_end():
 
 def test_too_long_for_the_model_is_refused():
     model = zoo.tiny_model("llama")
-    limit = context_length(model)
+    limit = trained_context(model)
     assert limit == 512
     prompt = prompt_for(Letters(), "x" * 500, "Who?", pinned=False)
     with pytest.raises(ValueError, match="longer than the 512 tokens"):

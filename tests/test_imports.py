@@ -27,6 +27,7 @@ ORDER = [
     "gguf_tokenizer",
     "gguf",
     "models",
+    "context",
     "documents",
     "evals",
     "bench",

@@ -163,3 +163,22 @@ def test_policies_differ(policy):
         kept[name] = reference.kept_positions(caches[1])
     for name in set(kept) - {policy}:
         assert not np.array_equal(kept[name], kept[policy]), name
+
+
+@pytest.mark.parametrize(
+    ("policy", "option", "value"),
+    [
+        ("snapkv", "last", 0),
+        ("snapkv", "kernel", 4),
+        ("snapkv", "pooling", "sum"),
+        ("rkv", "last", -5),
+        ("rkv", "mix", 2),
+        ("expected_attention", "future", 0),
+        ("surprise", "forget", 2),
+        ("probe", "span", 0),
+        ("probe", "share", "layer"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(policy, option, value):
+    with pytest.raises(ValueError, match=rf"\[policy-option\] {option} makes no sense; got .*; try"):
+        settings_from(policy=policy, budget=300, question=(1,), **{option: value})

@@ -88,7 +88,8 @@ def ask(
 
     questions = _questions(question)
     wanted = cache.policy or ("probe" if len(questions) == 1 else SEVERAL)
-    settings = [settings_for_reading(replace(cache, policy=p), sampling.seed) for p in [wanted, *(compare or [])]]
+    others = [replace(cache, policy=p, policy_option=None) for p in compare or []]
+    settings = [settings_for_reading(c, sampling.seed) for c in [replace(cache, policy=wanted), *others]]
     text = "\n\n".join(documents.read(path) for path in files)
     loaded, tokenizer = load(model)
     runs = []

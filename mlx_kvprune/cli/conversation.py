@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_kvprune.cli.context import trained_context
 from mlx_kvprune.cli.options import SamplingOptions, caches
 from mlx_kvprune.cli.stream import Run, Stop, prefill, stream
+from mlx_kvprune.context import trained_context
 from mlx_kvprune.settings import CacheSettings
 
 ANSWER = "kvprune:answer:9d41f0"  # stands for an answer while the template is asked what follows it

@@ -136,7 +136,7 @@ def prepare(
     Raises:
         ValueError: what was asked for makes no sense, or the model's trained context is too short.
     """
-    from mlx_kvprune.cli.context import trained_context
+    from mlx_kvprune.context import trained_context
     from mlx_kvprune.evals import conditions, texts
 
     wanted, documents = conditions.grid(policies, budgets, seed), texts.documents(data)

@@ -120,6 +120,7 @@ def hooked(settings: CacheSettings, dtype: str | None = None) -> Iterator[None]:
     import mlx_lm.models.cache
     import mlx_lm.utils
 
+    from mlx_kvprune import models
     from mlx_kvprune.attach import attach
     from mlx_kvprune.cache import PrunedKVCache
 
@@ -127,7 +128,8 @@ def hooked(settings: CacheSettings, dtype: str | None = None) -> Iterator[None]:
     original = mlx_lm.utils.load
 
     def load(path: Any, *args: Any, **kwargs: Any) -> Any:
-        loaded = original(directory(path, dtype), *args, **kwargs)
+        with models.load_errors(path):
+            loaded = original(directory(path, dtype), *args, **kwargs)
         attach(loaded[0], **fields_of(settings))
         return loaded
 

@@ -57,8 +57,8 @@ def run_one(
 ) -> None:
     """Check the length, stream the answer, say what it cost."""
     from mlx_kvprune.cli import output
-    from mlx_kvprune.cli.context import check_fits
     from mlx_kvprune.cli.stream import stream
+    from mlx_kvprune.context import check_fits
     from mlx_kvprune.report import report
 
     check_fits(model, len(tokens), sampling.max_tokens)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import importlib
-import importlib.util
 import os
 import sys
 import traceback
@@ -12,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mlx_kvprune.cli import chat, exec_, generate, models_, policies
+from mlx_kvprune.cli import ask, chat, eval, exec_, generate, models_, policies
 
 PROGRAM = "mlx-kvprune"
 USAGE, FAILURE, INTERRUPTED, BROKEN_PIPE = 2, 1, 130, 141
@@ -65,25 +63,19 @@ def _verb(name: str, function: Any, panel: str, epilog: str | None, **more: Any)
     app.command(name, rich_help_panel=panel, epilog=epilog, **more)(function)
 
 
-def _verb_of(module: str, function: str, name: str, panel: str) -> None:
-    """A verb whose file may not be there yet."""
-    if importlib.util.find_spec(module) is not None:
-        found = importlib.import_module(module)
-        _verb(name, getattr(found, function), panel, getattr(found, "EPILOG", None))
-
-
 _verb("models", models_.models, MODELS, models_.MODELS_EPILOG)
 _verb("pull", models_.pull, MODELS, models_.PULL_EPILOG)
 _verb("generate", generate.generate, USE, generate.EPILOG)
 _verb("chat", chat.chat, USE, chat.EPILOG)
-_verb_of("mlx_kvprune.cli.ask", "ask", "ask", USE)
+_verb("ask", ask.ask, USE, ask.EPILOG)
 _verb("exec", exec_.exec_, USE, exec_.EPILOG, context_settings={"allow_interspersed_args": False})
-_verb_of("mlx_kvprune.cli.eval", "eval_", "eval", MEASURE)
+_verb("eval", eval.eval_, MEASURE, eval.EPILOG)
 _verb("policies", policies.policies, LOOK, policies.EPILOG)
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code. No traceback unless ``--debug``."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of lengths that we check ourselves
     words, debug = split_debug(sys.argv[1:] if arguments is None else arguments)
     _tolerant_output()
     try:

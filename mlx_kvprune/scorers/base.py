@@ -68,6 +68,9 @@ class Scorer:
     needs: ClassVar[frozenset[str]] = frozenset()
     memory: ClassVar[bool] = False
 
+    def check(self) -> None:
+        """Raise ``ValueError`` where a hyper-parameter makes no sense."""
+
     def first(self, keys: mx.array, values: mx.array) -> mx.array:
         """What is remembered of new tokens ``(B, H_kv, L, D)`` -> ``(B, H_kv, L)``; zero unless overridden."""
         return mx.zeros(keys.shape[:3])
@@ -147,6 +150,17 @@ def mean_pool(x: mx.array, width: int) -> mx.array:
     for other in others:
         total = total + other
     return total / width
+
+
+def require(name: str, value: Any, good: bool, hint: str) -> None:
+    """Raise ``ValueError`` unless a hyper-parameter is good."""
+    if not good:
+        raise ValueError(f"[policy-option] {name} makes no sense; got {value!r}; try {hint}")
+
+
+def is_count(value: Any) -> bool:
+    """Whether it is a whole number of at least one."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def options_of(scorer: Scorer) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import mlx.core as mx
 
 from mlx_kvprune.numerics import softmax
 from mlx_kvprune.rope import Rope, position_scale, unrotate
-from mlx_kvprune.scorers.base import Held, Scorer, Seen, State
+from mlx_kvprune.scorers.base import Held, Scorer, Seen, State, is_count, require
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,9 @@ class ExpectedAttention(Scorer):
     value_norm: bool = True
 
     needs = frozenset({"queries", "rope"})
+
+    def check(self) -> None:
+        require("future", self.future, is_count(self.future), "512")
 
     def observe(self, state: State, seen: Seen) -> State:
         queries, start = seen.queries, seen.start

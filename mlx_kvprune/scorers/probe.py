@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_kvprune.scorers.base import Held, Scorer, State, in_text_order, max_pool
+from mlx_kvprune.scorers.base import Held, Scorer, State, in_text_order, is_count, max_pool, require
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,10 @@ class Probe(Scorer):
 
     needs = frozenset({"attention", "question"})
     memory = True
+
+    def check(self) -> None:
+        require("span", self.span, is_count(self.span) and self.span % 2 == 1, "an odd number such as 17")
+        require("share", self.share, self.share in ("model", "head"), "model or head")
 
     def heard(self, weights: mx.array) -> mx.array:
         """One layer's answer to the question: weights ``(B, H_kv, gqa_factor, L, S)`` -> ``(B, H_kv, S)``."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_kvprune.numerics import softmax
-from mlx_kvprune.scorers.base import Held, Scorer, Seen, State, in_text_order, max_pool, recent
+from mlx_kvprune.scorers.base import Held, Scorer, Seen, State, in_text_order, is_count, max_pool, recent, require
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,12 @@ class RKV(Scorer):
     other keys, where each key's latest near-duplicate (similarity above ``threshold``) is not held against that
     duplicate. Quadratic in the slots held. Cai et al. 2025, "R-KV: Redundancy-aware KV Cache Compression for Reasoning
     Models" (arXiv 2505.24133).
+
+    Attributes:
+        last: queries whose attention counts.
+        kernel: width of the pooling, odd.
+        mix: weight of importance; the rest is that of redundancy.
+        threshold: cosine similarity above which two keys are near-duplicates.
     """
 
     last: int = 8
@@ -27,6 +33,11 @@ class RKV(Scorer):
     threshold: float = 0.5
 
     needs = frozenset({"queries"})
+
+    def check(self) -> None:
+        require("last", self.last, is_count(self.last), "8")
+        require("kernel", self.kernel, is_count(self.kernel) and self.kernel % 2 == 1, "an odd number such as 7")
+        require("mix", self.mix, 0 <= self.mix <= 1, "0.1")
 
     def observe(self, state: State, seen: Seen) -> State:
         return recent(state, seen.queries, self.last)

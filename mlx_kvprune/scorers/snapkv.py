@@ -11,15 +11,17 @@ from mlx_kvprune.scorers.base import (
     State,
     attention_of,
     in_text_order,
+    is_count,
     max_pool,
     mean_pool,
     recent,
+    require,
 )
 
 
 @dataclass(frozen=True)
 class SnapKV(Scorer):
-    """``score_i`` = mean attention of the last ``observe`` queries, pooled over ``kernel`` neighbours, mean over the query
+    """``score_i`` = mean attention of the last ``last`` queries, pooled over ``kernel`` neighbours, mean over the query
     heads of the KV head.
 
     Neighbours are the next slots that are still held, in text order (what a compacted cache would show). Li et al.
@@ -36,6 +38,11 @@ class SnapKV(Scorer):
     pooling: str = "mean"
 
     needs = frozenset({"queries"})
+
+    def check(self) -> None:
+        require("last", self.last, is_count(self.last), "64")
+        require("kernel", self.kernel, is_count(self.kernel) and self.kernel % 2 == 1, "an odd number such as 5")
+        require("pooling", self.pooling, self.pooling in ("mean", "max"), "mean or max")
 
     def observe(self, state: State, seen: Seen) -> State:
         return recent(state, seen.queries, self.last)

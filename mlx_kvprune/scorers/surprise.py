@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_kvprune.scorers.base import Held, Scorer, State
+from mlx_kvprune.scorers.base import Held, Scorer, State, require
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,10 @@ class Surprise(Scorer):
 
     needs = frozenset({"logits"})
     memory = True
+
+    def check(self) -> None:
+        require("momentum", self.momentum, 0 <= self.momentum < 1, "0.5")
+        require("forget", self.forget, 0 <= self.forget < 1, "0.001")
 
     def score(self, held: Held, state: State) -> mx.array:
         assert held.memory is not None
