@@ -30,11 +30,6 @@ class LayerShape:
         """Bytes of one slot's key and value."""
         return (self.key_dim + self.value_dim) * self.itemsize
 
-    @property
-    def token_nbytes(self) -> int:
-        """Bytes that an unpruned cache of this layer takes per token."""
-        return self.n_kv_heads * self.row_nbytes
-
 
 def layer_nbytes(shape: LayerShape, settings: CacheSettings, tokens: int, memory: bool, state: int) -> int:
     """Bytes that one layer holds at most with ``tokens`` slots per KV head: ring, pool, positions, memory, state."""

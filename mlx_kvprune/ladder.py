@@ -21,7 +21,7 @@ import mlx.nn as nn
 
 from mlx_kvprune.allocators import LayerShape
 from mlx_kvprune.cache import PrunedKVCache
-from mlx_kvprune.forward import forward, pruned
+from mlx_kvprune.forward import forward, leaves, pruned
 from mlx_kvprune.settings import Budget, CacheSettings
 
 Wrap = Callable[[int], Any]
@@ -108,8 +108,8 @@ def find_rung(model: nn.Module, make: Callable[[Wrap], list[Any]]) -> Rung:
         make: ``make(fn)`` is the model's own list of caches, every plain ``KVCache`` replaced by ``fn(layer)``.
     """
     untouched = make(lambda layer: None)
-    n_bounded = sum(c is None for c in _flat(untouched))
-    others = sum(c is not None for c in _flat(untouched))
+    n_bounded = sum(c is None for c in leaves(untouched))
+    others = sum(c is not None for c in leaves(untouched))
     if not n_bounded:
         return Rung("refuse", "no layer has a plain KV cache to bound", (), others)
     if reason := INDEXED.get(getattr(model, "model_type", "")):
@@ -155,20 +155,13 @@ def _run(model: nn.Module, caches: list[Any], settings: CacheSettings | None) ->
     out = []
     for start, stop in ((0, 13), (13, 15), (15, 16)):
         call = lambda x, cache: model(x, cache=cache)
-        bounded = [c.cache if isinstance(c, Witness) else c for c in _flat(caches)]
+        bounded = [c.cache if isinstance(c, Witness) else c for c in leaves(caches)]
         if settings is not None and any(c.dense for c in pruned(bounded)):
             out.append(forward(call, tokens[:, start:stop], caches))
         else:
             out.append(call(tokens[:, start:stop], caches))
     out = mx.concatenate(out, axis=1)
     mx.eval(out)
-    return out
-
-
-def _flat(caches: list[Any]) -> list[Any]:
-    out = []
-    for cache in caches:
-        out += _flat(cache.caches) if hasattr(cache, "caches") else [cache]
     return out
 
 

@@ -19,11 +19,15 @@ from mlx_kvprune.forward import pruned
 _users = 0  # attached models; the names are ours while there is one
 
 
+def register() -> None:
+    """Let mlx-lm's ``load_prompt_cache`` find our class: it looks names up in its own module."""
+    importlib.import_module("mlx_lm.models.cache").PrunedKVCache = PrunedKVCache  # type: ignore[attr-defined]
+
+
 def acquire() -> None:
     """Put our functions in; also in modules that were imported since the last time."""
     global _users
-    cache_module = importlib.import_module("mlx_lm.models.cache")
-    cache_module.PrunedKVCache = PrunedKVCache  # type: ignore[attr-defined]  # load_prompt_cache looks it up there
+    register()
     for original, ours in _pairs():
         _replace(original, ours)
     _users += 1

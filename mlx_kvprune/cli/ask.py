@@ -89,7 +89,7 @@ def ask(
     questions = _questions(question)
     wanted = cache.policy or ("probe" if len(questions) == 1 else SEVERAL)
     others = [replace(cache, policy=p, policy_option=None) for p in compare or []]
-    settings = [settings_for_reading(c, sampling.seed) for c in [replace(cache, policy=wanted), *others]]
+    settings = [settings_of(c, sampling.seed) for c in [replace(cache, policy=wanted), *others]]
     text = "\n\n".join(documents.read(path) for path in files)
     loaded, tokenizer = load(model)
     runs = []
@@ -98,14 +98,6 @@ def ask(
         runs[-1].run(label=len(settings) > 1)
     if json:
         _write_json(model.model, runs)
-
-
-def settings_for_reading(cache: CacheOptions, seed: int) -> CacheSettings:
-    """Settings of a cache that a document is read into; the question comes later."""
-    from mlx_kvprune.policy import find
-
-    find(cache.policy)
-    return settings_of(cache, seed)
 
 
 def _questions(given: list[str] | None) -> list[str]:

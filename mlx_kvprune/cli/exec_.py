@@ -120,11 +120,10 @@ def hooked(settings: CacheSettings, dtype: str | None = None) -> Iterator[None]:
     import mlx_lm.models.cache
     import mlx_lm.utils
 
-    from mlx_kvprune import models
+    from mlx_kvprune import models, rebind
     from mlx_kvprune.attach import attach
-    from mlx_kvprune.cache import PrunedKVCache
 
-    mlx_lm.models.cache.PrunedKVCache = PrunedKVCache  # type: ignore[attr-defined]  # a saved cache may be read before a model
+    rebind.register()  # a saved cache may be read before a model
     original = mlx_lm.utils.load
 
     def load(path: Any, *args: Any, **kwargs: Any) -> Any:
