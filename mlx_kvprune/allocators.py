@@ -1,63 +1,109 @@
-"""Scores to budgets: how much each layer and head keeps. ``uniform`` alone, until heads may differ."""
+"""Scores to budgets: how much each layer and head keeps.
+
+``uniform``        every head of every layer the same.
+``pyramid``        less with depth: Cai et al. 2024, "PyramidKV" (arXiv 2406.02069), linear from the first layer to the last.
+``head_adaptive``  the heads of a layer compete: Feng et al. 2024, "Ada-KV" (arXiv 2407.11550), with its safeguard.
+``global``         all heads of all layers compete, each with a floor.
+
+The first two are settled before the first token (``slots_per_layer``), the others at every upkeep (``share_pages``).
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-from mlx_kvprune.settings import CacheSettings
+import numpy as np
 
+from mlx_kvprune.settings import PAGE, CacheSettings
+from mlx_kvprune.storage import LayerShape, layer_nbytes
 
-@dataclass(frozen=True)
-class LayerShape:
-    """What one bounded layer stores.
-
-    Attributes:
-        n_heads: query heads.
-        n_kv_heads: KV heads.
-        key_dim: width of a key.
-        value_dim: width of a value.
-        itemsize: bytes of one element.
-    """
-
-    n_heads: int
-    n_kv_heads: int
-    key_dim: int
-    value_dim: int
-    itemsize: int
-
-    @property
-    def row_nbytes(self) -> int:
-        """Bytes of one slot's key and value."""
-        return (self.key_dim + self.value_dim) * self.itemsize
+STEEPNESS = 20  # PyramidKV's beta: the last layer's pool is 1/20 of the mean
 
 
-def layer_nbytes(shape: LayerShape, settings: CacheSettings, tokens: int, memory: bool, state: int) -> int:
-    """Bytes that one layer holds at most with ``tokens`` slots per KV head: ring, pool, positions, memory, state."""
-    ring = settings.ring_size
-    pool = max(0, tokens - ring)
-    per_pool_slot = shape.row_nbytes + 4 + (4 if memory else 0)
-    per_ring_slot = shape.row_nbytes + (4 if memory else 0)
-    return shape.n_kv_heads * (ring * per_ring_slot + pool * per_pool_slot) + state
+def slots_per_layer(
+    shapes: Sequence[LayerShape], settings: CacheSettings, memory: bool, states: Sequence[int]
+) -> list[int] | None:
+    """Slots per KV head of each layer, everything counted; None if the budget is unbounded.
 
-
-def uniform(shapes: list[LayerShape], settings: CacheSettings, memory: bool, states: list[int]) -> int | None:
-    """Slots per KV head, the same for all layers and heads; None if the budget is unbounded.
+    Args:
+        shapes: of the bounded layers.
+        memory: whether the scorer remembers a number per slot.
+        states: bytes of each layer's scorer state.
 
     Raises:
         ValueError: the budget has no room for sinks, window and ring.
     """
     budget = settings.budget
+    if budget.nbytes is None and budget.tokens is None:
+        return None
     if budget.nbytes is None:
-        return None if budget.tokens is None else settings.check_tokens(budget.tokens)
-    total = lambda tokens: sum(
-        layer_nbytes(s, settings, tokens, memory, n) for s, n in zip(shapes, states, strict=True)
+        assert budget.tokens is not None
+        return _by_layer(settings.check_tokens(budget.tokens), len(shapes), settings)
+    nbytes = lambda mean: sum(
+        layer_nbytes(s, settings, slots, memory, n)
+        for s, n, slots in zip(shapes, states, _by_layer(mean, len(shapes), settings), strict=True)
     )
-    per_token = total(settings.ring_size + 1) - total(settings.ring_size)
-    tokens = settings.ring_size + (budget.nbytes - total(settings.ring_size)) // max(1, per_token)
-    if tokens < settings.smallest_budget:
-        least = total(settings.smallest_budget)
+    least = settings.smallest_budget
+    if nbytes(least) > budget.nbytes:
         raise ValueError(
             f"[budget] too small for {len(shapes)} layers of {settings.n_sink} sinks + a ring of {settings.ring_size}; "
-            f"got {budget.nbytes} bytes; try {least / 1e6:.1f}MB or more, or a smaller --window"
+            f"got {budget.nbytes} bytes; try {nbytes(least) / 1e6 + 0.05:.1f}MB or more, or a smaller --window"
         )
-    return tokens
+    most = least
+    while nbytes(2 * most) <= budget.nbytes:
+        most *= 2
+    below, above = most, 2 * most  # nbytes(below) fits, nbytes(above) does not
+    while above - below > 1:
+        middle = (below + above) // 2
+        below, above = (middle, above) if nbytes(middle) <= budget.nbytes else (below, middle)
+    return _by_layer(below, len(shapes), settings)
+
+
+def _by_layer(mean: int, n_layers: int, settings: CacheSettings) -> list[int]:
+    if settings.allocator == "pyramid":
+        return pyramid(mean, n_layers, settings)
+    return [mean] * n_layers
+
+
+def pyramid(mean: int, n_layers: int, settings: CacheSettings) -> list[int]:
+    """Slots per KV head that fall linearly with depth, ``mean`` on average."""
+    if n_layers == 1:
+        return [mean]
+    pool = mean - settings.ring_size
+    least = min(pool, max(settings.smallest_pool, pool // STEEPNESS))
+    falling = np.linspace(2 * pool - least, least, n_layers)
+    ends = np.floor(np.cumsum(falling) + 1e-6).astype(int)  # whole numbers with the same sum
+    return [int(x) + settings.ring_size for x in np.diff(ends, prepend=0)]
+
+
+def floor_pages(pages: int, heads: int, settings: CacheSettings) -> int:
+    """Pages that every head keeps, of ``pages`` for ``heads``: the safeguard."""
+    least = -(-(settings.n_sink + 1) // PAGE)
+    return max(least, int(settings.head_floor * pages / heads))
+
+
+def share_pages(ranked: Sequence[np.ndarray], pages: int, floor: int, units: int) -> np.ndarray:
+    """Pages to heads, so that the pages with the best middle slots are held.
+
+    The flat top-k of Ada-KV in whole pages: a head's candidates, best first, are cut into pages; a page is worth its
+    middle candidate; the best ``pages`` are given out, the first ``floor`` of every head before all others.
+
+    Args:
+        ranked: order keys of each head's candidates, best first.
+        pages: how many there are.
+        floor: pages of every head that are not up for competition.
+        units: candidates that fill a page.
+
+    Returns:
+        Pages of each head, ``pages`` in all, or fewer if the candidates do not fill them.
+    """
+    heads, worth, first = [], [], []
+    for head, keys in enumerate(ranked):
+        n = -(-len(keys) // units)
+        middle = np.minimum(np.arange(n) * units + units // 2, max(0, len(keys) - 1))
+        heads.append(np.full(n, head))
+        worth.append(keys[middle])
+        first.append(np.arange(n) < floor)
+    owner, worth_of, is_floor = (np.concatenate(x) for x in (heads, worth, first))
+    best = np.lexsort((worth_of, is_floor))[::-1][:pages]
+    return np.bincount(owner[best], minlength=len(ranked))

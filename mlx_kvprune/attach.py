@@ -3,7 +3,7 @@
 Nothing of a model's forward pass is copied. Three things are put in, and taken out again:
 
 * ``model.make_cache`` on the instance: entries that are plain ``KVCache`` become ``PrunedKVCache``;
-* the classes of the model and of its attention modules: subclasses whose ``__call__`` tells the caches what they need;
+* the class of the model: a subclass whose ``__call__`` runs in the steps that bounded caches need;
 * mlx-lm's ``scaled_dot_product_attention``: calls whose keys are a cache's ``Handle`` go to that cache (``rebind.py``).
 """
 
@@ -16,17 +16,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_kvprune import rebind
-from mlx_kvprune.allocators import uniform
+from mlx_kvprune.allocators import slots_per_layer
 from mlx_kvprune.cache import PrunedKVCache
 from mlx_kvprune.forward import forward, pruned
 from mlx_kvprune.ladder import Rung, find_rung
 from mlx_kvprune.policy import Policy, policy_for
-from mlx_kvprune.rope import find_rope
+from mlx_kvprune.rope import check_rankable, find_rope
 from mlx_kvprune.settings import Budget, CacheSettings
 
+SMALL_PARAMETER = 8192  # numbers of a parameter that is small enough to be hashed
 SLOT = "_kvprune"  # the attribute of a model that holds its Attachment
 
 
@@ -133,11 +135,40 @@ def make_from_settings(model: nn.Module, settings: CacheSettings) -> list[Any]:
     if policy.scorer is None:
         return _stock_caches(model)
     slots, dense = slots_for(attachment, settings), attachment.rung.name == "uniform"
-    return _replaced(model, lambda layer: PrunedKVCache(settings, slots, layer, dense))
+    most_heads = max(layer.shape.n_kv_heads for layer in attachment.rung.layers)
+    identity = model_id(model)
+
+    def make(layer: int) -> PrunedKVCache:
+        cache = PrunedKVCache(settings, None if slots is None else slots[layer], layer, dense)
+        cache.frame = 0 if slots is None else max(slots) * _most_times(settings, most_heads, len(slots))
+        cache.rope, cache.model_id = find_rope(attachment.rung.layers[layer].attention), identity
+        return cache
+
+    return _replaced(model, make)
 
 
-def slots_for(attachment: Attachment, settings: CacheSettings) -> int | None:
-    """Slots per KV head that the settings' budget gives this model.
+def _most_times(settings: CacheSettings, heads: int, layers: int) -> int:
+    """How many times its equal share one head may hold."""
+    return {"head_adaptive": heads, "global": heads * layers}.get(settings.allocator, 1)
+
+
+def model_id(model: nn.Module) -> str:
+    """Tells models apart: a hash of their parameters' names, types and shapes, and of the smallest ones' numbers."""
+    import hashlib
+
+    import numpy as np
+    from mlx.utils import tree_flatten
+
+    digest = hashlib.sha256()
+    for name, x in sorted(tree_flatten(model.parameters())):
+        digest.update(f"{name} {x.dtype} {x.shape}\n".encode())
+        if x.size <= SMALL_PARAMETER:
+            digest.update(np.array(x.astype(mx.float32)).tobytes())
+    return f"{_type_of(model)}-{digest.hexdigest()[:16]}"
+
+
+def slots_for(attachment: Attachment, settings: CacheSettings) -> list[int] | None:
+    """Slots per KV head of each layer that the settings' budget gives this model; None for no bound.
 
     Raises:
         ValueError: the budget is too small, or the policy needs what this model cannot give.
@@ -149,7 +180,7 @@ def slots_for(attachment: Attachment, settings: CacheSettings) -> int | None:
     shapes = [layer.shape for layer in attachment.rung.layers]
     states = [policy.scorer.state_nbytes(s.n_heads, s.key_dim) for s in shapes]
     states[0] += policy.scorer.shared_nbytes(attachment.rung.vocab)
-    return uniform(shapes, settings, policy.scorer.memory, states)
+    return slots_per_layer(shapes, settings, policy.scorer.memory, states)
 
 
 def attachment_of(model: nn.Module) -> Attachment | None:
@@ -173,9 +204,6 @@ def _hook(model: nn.Module) -> Attachment:
         raise ValueError(f"[attach] {_type_of(model)} cannot be bounded; got {rung.reason}; try another model type")
     attachment = Attachment(rung, own_make_cache=model.__dict__.get("make_cache"))
     _subclass(model, _stepwise, attachment)
-    for layer in rung.layers:
-        if not any(module is layer.attention for module, _ in attachment.classes):
-            _subclass(layer.attention, _telling, attachment)
     setattr(model, SLOT, attachment)
     return attachment
 
@@ -183,24 +211,6 @@ def _hook(model: nn.Module) -> Attachment:
 def _subclass(module: nn.Module, make: Callable[[type], type], attachment: Attachment) -> None:
     attachment.classes.append((module, type(module)))
     module.__class__ = make(type(module))
-
-
-@functools.cache
-def _telling(attention_class: type) -> type:
-    """A subclass of a model's attention that lets the cache know its rotary module while it runs."""
-
-    @functools.wraps(attention_class.__call__)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        bounded = pruned([x for x in (*args, *kwargs.values()) if _is_cache(x)])
-        for cache in bounded:
-            cache.rope = find_rope(self)
-        try:
-            return attention_class.__call__(self, *args, **kwargs)
-        finally:
-            for cache in bounded:
-                cache.rope = None
-
-    return _named_after(attention_class, call)
 
 
 @functools.cache
@@ -214,8 +224,10 @@ def _stepwise(model_class: type) -> type:
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         named = dict(signature.bind(self, *args, **kwargs).arguments)
         cache = named.pop("cache", None)
-        if not pruned(cache):
+        bounded = pruned(cache)
+        if not bounded:
             return model_class.__call__(self, *args, **kwargs)
+        _tell_ropes(self, bounded)
         named |= named.pop(extra, {}) if extra else {}
         inputs = named.pop(tokens)
         named.pop(next(iter(signature.parameters)))
@@ -224,29 +236,52 @@ def _stepwise(model_class: type) -> type:
     return _named_after(model_class, call)
 
 
+def _tell_ropes(model: nn.Module, bounded: list[PrunedKVCache]) -> None:
+    """Caches that were loaded do not know their rotary modules yet."""
+    attachment = attachment_of(model)
+    for cache in bounded:
+        if cache.rope is None and attachment is not None:
+            cache.rope = find_rope(attachment.rung.layers[cache.layer].attention)
+
+
 def _named_after(parent: type, call: Callable[..., Any]) -> type:
     names = {"__call__": call, "__module__": parent.__module__, "__qualname__": parent.__qualname__}
     return type(parent.__name__, (parent,), names)
 
 
-def _is_cache(x: Any) -> bool:
-    return isinstance(x, PrunedKVCache) or hasattr(x, "caches")
-
-
 def _check_policy(rung: Rung, policy: Policy, settings: CacheSettings) -> None:
     assert policy.scorer is not None
     needs = policy.scorer.needs
+    if rung.name == "uniform" and settings.ragged:
+        raise ValueError(
+            f"[allocator] {settings.allocator} lets heads hold differently many slots, which this model cannot take; got "
+            f"{rung.reason}; try --allocator uniform or pyramid"
+        )
     if rung.name == "uniform" and needs & {"attention", "queries"}:
         raise ValueError(
             f"[policy] {policy.name} needs the queries, which this model keeps to itself; got {rung.reason}; "
             "try window, knorm, keydiff, random or surprise"
         )
+    _check_positions(rung, settings)
     if "question" in needs and not settings.question:
         raise ValueError(f"[policy] {policy.name} needs a question; got none; try `ask`, or question=<token ids>")
     if "rope" in needs and any(_rotates_unseen(layer.attention) for layer in rung.layers):
         raise ValueError(
             f"[policy] {policy.name} needs the model's rotary module; got an attention without one; try snapkv"
         )
+
+
+def _check_positions(rung: Rung, settings: CacheSettings) -> None:
+    """Whether keys can be turned to positions in the cache."""
+    if settings.positions != "cache":
+        return
+    for layer in rung.layers:
+        if _rotates_unseen(layer.attention):
+            raise ValueError(
+                "[positions] cache positions need the model's rotary module; got an attention without one; "
+                "try --positions text"
+            )
+        check_rankable(find_rope(layer.attention))
 
 
 def _rotates_unseen(attention: nn.Module) -> bool:

@@ -8,21 +8,27 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from mlx_kvprune.numerics import LOG2_E, exp2
+from mlx_kvprune.slots import PagedPart, Part
 
 Mask = mx.array | str | None
 
 
 @dataclass(frozen=True)
 class View:
-    """What ``L`` new queries may attend to: parts of keys and values, the new tokens last in the last part.
+    """What ``L`` new queries may attend to.
 
     Attributes:
-        keys: per part ``(B, H_kv, S_part, D)``.
-        values: per part ``(B, H_kv, S_part, D_v)``.
+        parts: pools first; the ring, with the new tokens last, at the end.
     """
 
-    keys: tuple[mx.array, ...]
-    values: tuple[mx.array, ...]
+    parts: tuple[Part | PagedPart, ...]
+
+    @property
+    def ring(self) -> Part:
+        """The last part."""
+        last = self.parts[-1]
+        assert isinstance(last, Part)
+        return last
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,7 @@ def backend(n_parts: int, want_weights: bool) -> tuple[str, str]:
     if want_weights:
         return "ops", "the scorer needs attention weights"
     if n_parts > 1:
-        return "ops", "ring and pool lie apart, and only their scores are concatenated"
+        return "ops", "ring and pool lie apart, and only their scores meet"
     return "fused", "everything lies in the ring: mx.fast.scaled_dot_product_attention"
 
 
@@ -62,12 +68,11 @@ def attend(
         sinks: logits of attention sinks ``(H_q,)``, added to the softmax's denominator.
         want_weights: return the weights as well.
     """
-    name, _ = backend(len(view.keys), want_weights)
+    name, _ = backend(len(view.parts), want_weights)
     if name == "fused" and (mask is None or isinstance(mask, str)):
         causal = "causal" if queries.shape[2] > 1 else None
-        out = mx.fast.scaled_dot_product_attention(
-            queries, view.keys[0], view.values[0], scale=scale, mask=causal, sinks=sinks
-        )
+        keys, values = view.ring.keys.parts[0], view.ring.values.parts[0]
+        out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=causal, sinks=sinks)
         return Attended(out)
     return attend_ops(queries, view, scale, mask, sinks, want_weights)
 
@@ -80,28 +85,30 @@ def attend_ops(
     The softmax is taken to the base of two, its denominator divided out last; logits and weights are float32.
     """
     batch, n_heads, n_new, width = queries.shape
-    kv_heads = view.keys[0].shape[1]
+    kv_heads = view.ring.keys.parts[0].shape[1]
     gqa_factor = n_heads // kv_heads
     rows = (batch, kv_heads, gqa_factor * n_new)
     grouped = (queries * (scale * LOG2_E)).reshape(*rows, width)
-    logits = [(grouped @ keys.swapaxes(-1, -2)).astype(mx.float32) for keys in view.keys]
+    logits = [part.logits(grouped) for part in view.parts]
     if n_new > 1 or isinstance(mask, mx.array):
         newest = logits[-1].reshape(batch, kv_heads, gqa_factor, n_new, -1)
         logits[-1] = _masked(newest, mask).reshape(*rows, -1)
-    peaks = [x.max(axis=-1, keepdims=True) for x in logits]
+    peaks = [part.peak(x) for part, x in zip(view.parts, logits, strict=True)]
     if sinks is not None:
         column = (sinks.astype(mx.float32) * LOG2_E).reshape(1, kv_heads, gqa_factor, 1)
         peaks.append(mx.broadcast_to(column, (batch, kv_heads, gqa_factor, n_new)).reshape(*rows, 1))
     peak = functools.reduce(mx.maximum, peaks)
-    weights = [exp2(x - peak) for x in logits]
-    total = sum((x.sum(axis=-1, keepdims=True) for x in weights[1:]), weights[0].sum(axis=-1, keepdims=True))
+    weights = [exp2(x - part.spread(peak)) for part, x in zip(view.parts, logits, strict=True)]
+    totals = [part.total(w) for part, w in zip(view.parts, weights, strict=True)]
     if sinks is not None:
-        total = total + exp2(peaks[-1] - peak)
-    products = [w.astype(v.dtype) @ v for w, v in zip(weights, view.values, strict=True)]
+        totals.append(exp2(peaks[-1] - peak))
+    total = sum(totals[1:], totals[0])
+    products = [part.mix(w) for part, w in zip(view.parts, weights, strict=True)]
     out = (sum(products[1:], products[0]) / total).astype(queries.dtype).reshape(batch, n_heads, n_new, -1)
     if not want_weights:
         return Attended(out)
-    return Attended(out, tuple((w / total).reshape(batch, kv_heads, gqa_factor, n_new, -1) for w in weights))
+    by_head = (part.by_head(w) / total for part, w in zip(view.parts, weights, strict=True))
+    return Attended(out, tuple(w.reshape(batch, kv_heads, gqa_factor, n_new, -1) for w in by_head))
 
 
 def _masked(logits: mx.array, mask: Mask) -> mx.array:

@@ -4,20 +4,22 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
 
+from mlx_kvprune.allocators import floor_pages, share_pages
 from mlx_kvprune.attend import Attended, Mask, View, attend, backend
 from mlx_kvprune.policy import policy_for
-from mlx_kvprune.rope import Rope
+from mlx_kvprune.rope import Rope, Shared, position_scale, rotate, unrotate
 from mlx_kvprune.scorers import Held, Scorer, Seen
 from mlx_kvprune.scorers.base import State
 from mlx_kvprune.settings import CacheSettings
-from mlx_kvprune.slots import LayerSlots, Writes
+from mlx_kvprune.slots import Contest, LayerSlots, PagedPool, Part, Turn, best_of_spans, order_key, plain
+from mlx_kvprune.storage import pool_specs
 
-UNBOUNDED = 1 << 30
+MOST_HEADS = 64  # a head may hold this many times the mean, unless ``attach`` knows the model
 MAX_SEGMENT = 512  # most queries that attend at once: bounds the score matrix
 
 
@@ -32,6 +34,7 @@ class Handle:
         values: of the new tokens ``(B, H_kv, L, D_v)``.
         shape: what an unpruned array of keys would have, ``(B, H_kv, tokens seen, D)``; models read lengths off it.
         dtype: the keys' type.
+        start: position of the first new token in the model's eyes.
         blocks: which of the new tokens attended to what, once they did.
     """
 
@@ -40,6 +43,7 @@ class Handle:
     values: mx.array
     shape: tuple[int, ...]
     dtype: mx.Dtype
+    start: int = 0
     blocks: list[tuple[slice, View]] = field(default_factory=list)
 
     @property
@@ -59,7 +63,7 @@ class PrunedKVCache:
 
     Args:
         settings: what the user asked for.
-        slots: the most slots per KV head, everything counted; None for no bound.
+        slots: the most slots per KV head, everything counted, on average where heads differ; None for no bound.
         layer: index of the layer.
         dense: return arrays.
     """
@@ -67,25 +71,44 @@ class PrunedKVCache:
     def __init__(self, settings: CacheSettings, slots: int | None = None, layer: int = 0, dense: bool = False):
         policy, self.settings = policy_for(settings)
         assert policy.scorer is not None, "full is mlx-lm's own cache"
-        if slots is not None:
+        if slots is not None and self.settings.allocator != "pyramid":
             self.settings.check_tokens(slots)
         self.scorer: Scorer = policy.scorer
         self.slots = slots
         self.layer = layer
         self.dense = dense
-        self.offset = 0  # tokens seen: what the model's rotary embedding reads
-        block = self.settings.block or 0
-        self.held = LayerSlots(self.settings.ring_size, block, self._limit(), self.scorer.memory)
+        self.tokens_seen = 0
+        self.offset = 0  # position of the next token in the model's eyes: what its rotary embedding reads; where
+        # positions are those in the cache, it grows to ``frame`` and stays there: only distances matter
+        self.frame = 0 if slots is None else slots * (MOST_HEADS if self.settings.ragged else 1)
+        block, ranked = self.settings.block or 0, self.settings.positions == "cache"
+        specs = pool_specs(self.settings, slots)
+        self.held = LayerSlots(self.settings.ring_size, block, specs, self.scorer.memory, ranked)
         self.signals: State = {}
         self.scale = 1.0
         self.n_heads: int | None = None  # query heads, once they were seen
-        self.evicted = False
-        self.planned: Writes | None = None  # what the next upkeep writes, if it was chosen ahead
+        self.planned: Contest | None = None  # what the next upkeep does, if it was chosen ahead
+        self.turns: tuple[int, ...] = ()  # positions at which finished turns of a conversation end
         self.probing = False
         self.heard: mx.array | None = None  # the question's attention to what is held, after a probe
         self.fetched: tuple[Any, Any] | None = None  # what update_and_fetch returned, while the forward pass runs
         self.nbytes_peak = 0
-        self.rope: Rope = None  # the layer's own, while its forward pass runs
+        self.model_id = ""  # says whose keys these are
+        self._rope: Shared | None = None
+
+    @property
+    def evicted(self) -> bool:
+        """Whether anything was evicted."""
+        return self.held.evicted
+
+    @property
+    def rope(self) -> Rope:
+        """The layer's rotary module, or None."""
+        return None if self._rope is None else self._rope.module
+
+    @rope.setter
+    def rope(self, module: Rope) -> None:
+        self._rope = None if module is None else Shared(module)
 
     # -- what mlx-lm calls -------------------------------------------------------------------------------------------
 
@@ -105,18 +128,27 @@ class PrunedKVCache:
 
     def _hand_out(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         shape = (*keys.shape[:2], self.offset + keys.shape[2], keys.shape[3])
-        handle = Handle(self, keys, values, shape, keys.dtype)
+        handle = Handle(self, keys, values, shape, keys.dtype, self.offset)
         if not self.probing:
-            self.offset += keys.shape[2]
+            self._count(keys.shape[2])
         return handle, handle
+
+    def _count(self, n: int) -> None:
+        """Note ``n`` new tokens."""
+        self.tokens_seen += n
+        self.offset += n
+        if self.settings.positions == "cache" and self.slots is not None:
+            self.offset = min(self.offset, self.frame)
 
     def _update_dense(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         self.room()
-        view = self._write(keys, values)
-        self.offset = self.held.written
-        keys, values = (mx.concatenate(list(x), axis=2) for x in (view.keys, view.values))
+        start = self.offset
+        self._write(keys, values, start)
+        held, heads = self.everything(start + keys.shape[2] - 1), keys.shape[:2]
+        self._count(keys.shape[2])
         self._spill()
-        return keys, values
+        assert held.keys.shape[:2] == heads
+        return held.keys, held.values
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Mask:
         """The mask of ``N`` new tokens over what will be held when they come, as mlx-lm's caches make it."""
@@ -150,11 +182,15 @@ class PrunedKVCache:
         ring = self.held.ring
         batch, heads, _, width = ring.keys.shape
         row = (width + ring.values.shape[-1]) * ring.keys.itemsize
-        return batch * heads * row * self.offset
+        return batch * heads * row * self.tokens_seen
 
     def is_trimmable(self) -> bool:
         """Whether the newest tokens can be taken back exactly: nothing was evicted, no signal saw their queries."""
-        return not self.evicted and not self.scorer.needs
+        return not self.held.final and not self.scorer.needs
+
+    def can_rewind(self, n: int) -> bool:
+        """Whether the newest ``n`` tokens can be taken back exactly: since then nothing was evicted or requantized."""
+        return n <= self.tokens_seen and not self.scorer.needs and (self.empty() or self.held.can_forget(n))
 
     def trim(self, n: int) -> int:
         """Forget the newest ``n`` tokens; returns how many were forgotten.
@@ -162,42 +198,102 @@ class PrunedKVCache:
         Raises:
             ValueError: it would not be exact.
         """
-        if not self.is_trimmable():
+        n = min(n, self.tokens_seen)
+        if not self.can_rewind(n):
             raise ValueError(
                 f"[trim] the newest tokens cannot be taken back exactly with policy {self.settings.policy!r} once it has "
-                f"evicted or scored; got {n}; try a fresh cache"
+                f"evicted, quantized or scored; got {n}; try a fresh cache, or one that was forked before"
             )
-        n = min(n, self.offset)
         if n:
             self.held.forget(n)
-            self.offset, self.planned = self.offset - n, None
+            self.tokens_seen, self.planned = self.tokens_seen - n, None
+            self._rewind_offset()
+            self.turns = tuple(x for x in self.turns if x <= self.held.written)
         return n
+
+    def _rewind_offset(self) -> None:
+        self.offset = self.held.written
+        if self.settings.positions == "cache" and self.slots is not None:
+            self.offset = min(self.offset, self.frame)
+
+    def drop(self, start: int, stop: int, close: bool) -> None:
+        """Forget the positions ``start .. stop - 1`` of the text.
+
+        Args:
+            start: first of them.
+            stop: one past the last.
+            close: later tokens move up, as if the span had never been read; else their positions stay.
+
+        Raises:
+            ValueError: keys would have to be turned that are quantized, or no rotary module is at hand.
+        """
+        shift = stop - start if close else 0
+        turn = self._turn_back(shift) if shift and self.settings.positions == "text" else None
+        if self.empty():
+            return
+        self.held.drop(start, stop, shift, turn)
+        self.planned = None
+        self.turns = tuple(x if x <= start else max(start, x - shift) for x in self.turns)
+        self._rewind_offset()
+
+    def _turn_back(self, shift: int) -> Any:
+        """A function that moves rotated keys ``(B, H_kv, S, D)`` back by ``shift`` positions."""
+        if not all(spec.exact for spec in self.held.specs):
+            raise ValueError(
+                "[drop] closing a gap turns keys, which would add up errors of quantized ones; "
+                f"got {self.settings.key_bits} bits; try close=False, or positions='cache'"
+            )
+        rope = self.rope
+        if rope is None:
+            return None
+
+        def turn(keys: mx.array) -> mx.array:
+            rows = keys.reshape(-1, 1, 1, keys.shape[-1])  # each on its own: all turn by the same angle
+            turned = rope(rows, offset=-shift).reshape(keys.shape)
+            return turned / position_scale(rope, keys.shape[-1]).astype(keys.dtype)
+
+        return turn
+
+    def end_turn(self) -> None:
+        """Note that a turn of a conversation ends here: what is held of it keeps a floor from now on."""
+        if not self.turns or self.turns[-1] < self.held.written:
+            self.turns = (*self.turns, self.held.written)
 
     @property
     def state(self) -> tuple[Any, ...]:
-        """Leaves that mlx-lm can evaluate and save."""
+        """Leaves that mlx-lm can evaluate and save: a line of JSON, then arrays."""
+        arrays = {**self.held.arrays(), **{f"signal.{name}": x for name, x in self.signals.items()}}
         meta = {
             "settings": self.settings.to_json(),
             "slots": self.slots,
             "layer": self.layer,
             "dense": self.dense,
-            "evicted": self.evicted,
-            "signals": sorted(self.signals),
-            "count": 0 if self.empty() else self.held.pool.count,
+            "numbers": self.held.numbers(),
+            "arrays": list(arrays),
             "peak": self.nbytes_peak,
+            "seen": self.tokens_seen,
+            "offset": self.offset,
+            "frame": self.frame,
+            "turns": self.turns,
+            "scale": self.scale,
+            "heads": self.n_heads,
+            "model": self.model_id,
         }
-        signals = (self.signals[name] for name in meta["signals"])
-        return (json.dumps(meta), self.offset, self.scale, *self.held.arrays(), *signals)
+        return (json.dumps(meta), *arrays.values())
 
     @state.setter
     def state(self, leaves: tuple[Any, ...]) -> None:
         meta = json.loads(leaves[0])
+        rope = self.__dict__.get("_rope")
         settings = CacheSettings.from_json(meta["settings"])
         PrunedKVCache.__init__(self, settings, meta["slots"], meta["layer"], meta["dense"])
-        self.offset, self.scale = leaves[1:3]
-        self.evicted, self.nbytes_peak = meta["evicted"], meta["peak"]
-        self.held.restore(leaves[3:10], meta["count"], self.offset)
-        self.signals = dict(zip(meta["signals"], leaves[10:], strict=True))
+        self.nbytes_peak, self.tokens_seen, self.offset = meta["peak"], meta["seen"], meta["offset"]
+        self.frame, self.turns, self.scale = meta["frame"], tuple(meta["turns"]), meta["scale"]
+        self.n_heads, self.model_id, self._rope = meta["heads"], meta["model"], rope
+        arrays = dict(zip(meta["arrays"], leaves[1:], strict=True))
+        signals = {name: arrays.pop(name) for name in list(arrays) if name.startswith("signal.")}
+        self.signals = {name.removeprefix("signal."): x for name, x in signals.items()}
+        self.held.restore(arrays, meta["numbers"])
 
     @classmethod
     def from_state(cls, state: tuple[Any, ...]) -> PrunedKVCache:
@@ -224,22 +320,27 @@ class PrunedKVCache:
             new, weights = queries[:, :, span], first and self._wants_weights
             among = _among_new(mask, span, total)
             seen = attend(new, view, scale=scale, mask=among, sinks=sinks, want_weights=weights)
-            outs.append(self._observe(new, seen) if first else seen.out)
+            outs.append(self._observe(new, seen, handle.start + span.start) if first else seen.out)
         return outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=2)
 
     def backend(self) -> tuple[str, str]:
         """How the next decode step attends, and why."""
-        pool = not self.empty() and self.held.pool.count > 0
-        return backend(2 if pool else 1, self._wants_weights)
+        pools = 0 if self.empty() else sum(pool.count > 0 for pool in self.held.pools)
+        return backend(1 + pools, self._wants_weights)
+
+    @property
+    def in_steps(self) -> bool:
+        """Whether the whole model must be called anew where slots change hands: no layer can know what it must alone."""
+        return self.dense or bool(self.scorer.needs & {"logits", "question"}) or self.settings.allocator == "global"
 
     def room(self) -> int:
         """Tokens that can be written now without evicting; evicts once if there is no room.
 
         While the pool has empty slots, more than the ring's share can be written at once: nothing is scored yet.
         """
-        if self.held.evicts_next():
+        if self.held.ahead() <= 0:
             self.upkeep(self.held.block)
-        return min(MAX_SEGMENT, self.held.spare() + self.held.free())
+        return min(MAX_SEGMENT, self.held.ahead())
 
     def step_room(self) -> int:
         """Tokens that the next call of the whole model may bring so that none is evicted before all layers saw it.
@@ -247,28 +348,60 @@ class PrunedKVCache:
         Where the scorer must be told something after the call, all of them are still in the ring then.
         """
         told_later = self.scorer.needs & {"logits", "question"}
-        return self.held.spare() + (0 if told_later else self.held.free()) or self.held.block
+        return (self.held.spare() if told_later else self.held.ahead()) or self.held.block
 
     def upkeep(self, n: int) -> None:
         """Move the oldest ``n`` tokens of the ring to the pool; where it is full, the lowest scores are overwritten."""
-        if self.held.pool.free >= n:
-            self.held.move(n)
+        if self.held.pools[0].free >= n:
+            self.held.fill(n)
             return
-        self.held.move(n, self.planned or self._choose(n))
-        self.planned, self.evicted = None, True
+        contest = self.planned or self.contest(n)
+        if contest.candidates is not None:
+            contest = self.held.decide(contest, self.share(contest))
+        self.held.carry_out(contest)
+        self.planned = None
 
-    def plan(self) -> list[mx.array]:
-        """Choose now what the next token's upkeep will write; returns the arrays that are to be evaluated for it.
+    def contest(self, n: int | None = None) -> Contest:
+        """What becomes of the oldest ``n`` (a block) of the ring; nothing is changed.
 
-        A pool that is read and written in one graph is copied. Evaluated ahead, the choice leaves only the write.
+        A pool that is read and written in one graph is copied. Chosen and evaluated ahead, only the write is left.
         """
-        if self.planned is None and self.held.evicts_next() and "rope" not in self.scorer.needs:
-            self.planned = self._choose(self.held.block)
-        return [] if self.planned is None else [self.planned.slots, *self.planned.rows.values()]
+        positions = self.held.positions()
+        scores = self.scorer.score(self.everything(), self.signals).astype(mx.float32)
+        scores = mx.where(positions < 0, -mx.inf, scores)
+        scores = mx.where((positions >= 0) & (positions < self.settings.n_sink), mx.inf, scores)
+        if floor := self.turn_slots():
+            starts = (0, *self.turns)
+            scores = mx.where(
+                best_of_spans(order_key(scores, positions), positions, starts, floor) & (positions >= 0), mx.inf, scores
+            )
+        return self.held.contest(n or self.held.block, scores)
+
+    def turn_slots(self) -> int:
+        """Slots per KV head that each finished turn keeps."""
+        if not self.turns or self.slots is None:
+            return 0
+        pool = self.slots - self.settings.ring_size
+        return int(self.settings.turn_floor * pool) // len(self.turns)
+
+    def share(self, contest: Contest) -> Any:
+        """Pages of each head where the heads of this layer alone compete."""
+        assert contest.candidates is not None
+        pool = self.held.last
+        assert isinstance(pool, PagedPool)
+        ranked = [contest.candidates.of_head(head) for head in range(pool.heads)]
+        return share_pages(ranked, self.page_limit, floor_pages(self.page_limit, pool.heads, self.settings), pool.units)
+
+    @property
+    def page_limit(self) -> int:
+        """Pages of this layer's equal share of the budget."""
+        pool = self.held.last
+        assert isinstance(pool, PagedPool)
+        return pool.limit
 
     def evictable(self) -> mx.array:
         """Which slots are neither sinks nor in the window, as the first head holds them ``(B, 1, S)``."""
-        positions, settings = self.held.positions()[:, :1], self.settings
+        positions, settings = self.held.positions().max(axis=1, keepdims=True), self.settings
         newest = self.held.written - (settings.window or 0)
         return (positions >= settings.n_sink) & (positions < newest)
 
@@ -278,34 +411,39 @@ class PrunedKVCache:
     def _wants_weights(self) -> bool:
         return "attention" in self.scorer.needs and "question" not in self.scorer.needs
 
-    def _limit(self) -> int:
-        return UNBOUNDED if self.slots is None else self.slots - self.settings.ring_size
-
-    def _choose(self, n: int) -> Writes:
-        held = self.everything()
-        scores = self.scorer.score(held, self.signals).astype(mx.float32)
-        return self.held.choose(n, mx.where(held.positions < self.settings.n_sink, mx.inf, scores))
-
     def _size_for_next(self) -> int:
         """Slots per KV head that the next new token will find: fewer than now if it makes slots be evicted."""
         if self.probing or not self.held.evicts_next():
             return self.size()
-        return self.size() - self.held.block + self.held.pool.free
+        return self.size() - self.held.block + min(self.held.block, self.held.free_at_all())
 
     def _write_blocks(self, handle: Handle) -> Iterator[tuple[slice, View]]:
         """Write the new tokens in steps that evict nothing; yields which ones, and what they may attend to."""
         start, total = 0, handle.keys.shape[2]
         while start < total:
             span = slice(start, min(total, start + self.room()))
-            view = self._write(handle.keys[:, :, span], handle.values[:, :, span])
+            self._write(handle.keys[:, :, span], handle.values[:, :, span], handle.start + start)
+            view = self._view(handle.start + span.stop - 1)
             handle.blocks.append((span, view))
             yield span, view
             self._spill()
             start = span.stop
 
-    def _write(self, keys: mx.array, values: mx.array) -> View:
-        self.held.write(keys, values, self.scorer.first(keys, values) if self.scorer.memory else None)
-        return View(*self.held.parts())
+    def _write(self, keys: mx.array, values: mx.array, start: int) -> None:
+        """Put new tokens, whose first the model sees at position ``start``, into the ring."""
+        memory = self.scorer.first(keys, values) if self.scorer.memory else None
+        if self.settings.positions == "cache":
+            keys = unrotate(self.rope, keys, start)
+        self.held.write(keys, values, memory)
+
+    def _view(self, newest: int) -> View:
+        """What may be attended to when the newest token stands at position ``newest`` in the model's eyes."""
+        turn = self._turning(newest) if self.settings.positions == "cache" else None
+        return View(self.held.parts(turn, newest))
+
+    def _turning(self, newest: int) -> Turn:
+        """A function that rotates rows of keys to positions, none of them beyond ``newest``."""
+        return lambda keys, at: rotate(self.rope, keys, at, size=newest + 1)
 
     def _spill(self) -> None:
         """What the ring cannot hold moves on at once."""
@@ -313,27 +451,40 @@ class PrunedKVCache:
             self.upkeep(over)
         self.nbytes_peak = max(self.nbytes_peak, self.nbytes)
 
-    def everything(self) -> Held:
-        """What is held, as a scorer sees it."""
-        keys, values = (mx.concatenate(list(x), axis=2) for x in self.held.parts())
+    def everything(self, newest: int | None = None) -> Held:
+        """What is held, as a scorer sees it; the newest token stands at position ``newest`` in the model's eyes."""
+        newest = self.offset - 1 if newest is None else newest
+        keys, cache_positions = self.held.rows("keys"), self.settings.positions == "cache"
+        if cache_positions:
+            first = newest + 1 - keys.shape[2]
+            pools = self.held.pool_ranks()
+            ring = mx.arange(pools.shape[2], keys.shape[2], dtype=mx.int32)
+            ring = mx.broadcast_to(ring, (*keys.shape[:2], ring.shape[0]))
+            keys = self._turning(newest)(keys, first + mx.concatenate([pools, ring], axis=2))
         return Held(
             keys=keys,
-            values=values,
+            values=self.held.rows("values"),
             positions=self.held.positions(),
             memory=self.held.memory(),
             now=self.held.written,
             layer=self.layer,
             scale=self.scale,
             rope=self.rope,
+            next=newest + 1 if cache_positions else self.held.written,
+            turned=not cache_positions,
         )
 
-    def _observe(self, queries: mx.array, seen: Attended) -> mx.array:
+    def _observe(self, queries: mx.array, seen: Attended, at: int) -> mx.array:
         """Tell the scorer; what it remembers is tied to the output, so that it is evaluated with the step."""
         ties: list[mx.array | None] = []
         if seen.weights is not None:
             ties += self.held.update_memory(self.scorer.attended, seen.weights)
         if "queries" in self.scorer.needs:
-            step = Seen(queries, self.held.written - queries.shape[2], self.rope)
+            start = self.held.written - queries.shape[2]
+            turned = self.settings.positions == "text"
+            if not turned:
+                queries = unrotate(self.rope, queries, at)
+            step = Seen(queries, start, self.rope, turned)
             self.signals = self.scorer.observe(self.signals, step)
             ties += self.signals.values()
         tied = [x for x in ties if x is not None]
@@ -345,13 +496,14 @@ class PrunedKVCache:
         """The question's tokens attend to what is held and to themselves; nothing changes but what was heard."""
         first = not handle.blocks
         if first:
-            view, join = View(*self.held.parts()), lambda x, new: (*x[:-1], mx.concatenate([x[-1], new], axis=2))
-            view = View(join(view.keys, handle.keys), join(view.values, handle.values))
-            handle.blocks.append((slice(0, queries.shape[2]), view))
+            view = self._view(handle.start - 1)
+            join = lambda rows, new: plain(mx.concatenate([rows.parts[0], new], axis=2))
+            ring = Part(join(view.ring.keys, handle.keys), join(view.ring.values, handle.values))
+            handle.blocks.append((slice(0, queries.shape[2]), replace(view, parts=(*view.parts[:-1], ring))))
         view = handle.blocks[0][1]
         seen = attend(queries, view, scale=scale, mask=mask, sinks=sinks, want_weights=first)
         if seen.weights is not None:
-            self.heard = self.scorer.heard(mx.concatenate(list(seen.weights), axis=-1))[..., : self.size()]
+            self.heard = self.scorer.heard(mx.concatenate(list(seen.weights), axis=-1))[..., : -queries.shape[2]]
         return seen.out
 
 

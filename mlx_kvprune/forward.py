@@ -6,10 +6,14 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_map
 
+from mlx_kvprune.allocators import floor_pages, share_pages
 from mlx_kvprune.cache import PrunedKVCache
 from mlx_kvprune.scorers import Surprise
+from mlx_kvprune.settings import PAGE
+from mlx_kvprune.slots import PagedPool
 
 Call = Callable[..., mx.array]
 
@@ -43,7 +47,7 @@ def forward(call: Call, inputs: mx.array, caches: Any, **kwargs: Any) -> mx.arra
     if not bounded:
         return call(inputs, cache=caches, **kwargs)
     try:
-        if any(c.dense or c.scorer.needs & {"logits", "question"} for c in bounded):
+        if any(c.in_steps for c in bounded):
             return _in_steps(call, inputs, caches, bounded, kwargs)
         settle(bounded)
         return call(inputs, cache=caches, **kwargs)
@@ -55,10 +59,44 @@ def forward(call: Call, inputs: mx.array, caches: Any, **kwargs: Any) -> mx.arra
 def settle(bounded: list[PrunedKVCache]) -> None:
     """Before slots are overwritten, choose them and finish what is under way: the writes then happen in place.
 
-    The one host synchronisation per ``block`` tokens.
+    The one host synchronisation per ``block`` tokens; a second one where heads may hold differently many slots, for then
+    it is decided on the host which of them gets a page.
     """
-    if bounded[0].held.full():
-        mx.eval([c.plan() for c in bounded], [c.state for c in bounded])
+    due = [c for c in bounded if c.held.full()]
+    if not due:
+        return
+    for cache in due:
+        if cache.planned is None and cache.held.evicts_next():
+            cache.planned = cache.contest()
+    planned = [c for c in due if c.planned is not None]
+    mx.eval([_contest_arrays(c) for c in planned], [c.state for c in due])
+    open_ones = [c for c in planned if c.planned is not None and c.planned.candidates is not None]
+    for cache, pages in zip(open_ones, _shares(open_ones), strict=True):
+        assert cache.planned is not None
+        cache.planned = cache.held.decide(cache.planned, pages)
+    mx.eval([_contest_arrays(c) for c in open_ones])
+
+
+def _contest_arrays(cache: PrunedKVCache) -> list[mx.array]:
+    assert cache.planned is not None
+    return cache.planned.arrays()
+
+
+def _shares(caches: list[PrunedKVCache]) -> list[Any]:
+    """Pages of each head, for every cache whose heads compete: within the layer, or all with all."""
+    contests = [c.planned for c in caches]
+    if not caches or caches[0].settings.allocator != "global":
+        return [c.share(x) for c, x in zip(caches, contests, strict=True) if x is not None]
+    pools = [c.held.last for c in caches]
+    assert all(isinstance(pool, PagedPool) for pool in pools)
+    heads = [pool.heads for pool in pools if isinstance(pool, PagedPool)]
+    ranked = [
+        x.candidates.of_head(h) for x, n in zip(contests, heads, strict=True) if x and x.candidates for h in range(n)
+    ]
+    pages = sum(c.page_limit for c in caches)
+    floor = floor_pages(pages, len(ranked), caches[0].settings)
+    shares = share_pages(ranked, pages, floor, PAGE // caches[0].held.last.format.granule)
+    return np.split(shares, np.cumsum(heads)[:-1])
 
 
 def _in_steps(call: Call, inputs: mx.array, caches: Any, bounded: list[PrunedKVCache], kwargs: dict) -> mx.array:

@@ -19,10 +19,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_kvprune.allocators import LayerShape
 from mlx_kvprune.cache import PrunedKVCache
 from mlx_kvprune.forward import forward, leaves, pruned
 from mlx_kvprune.settings import Budget, CacheSettings
+from mlx_kvprune.storage import LayerShape
 
 Wrap = Callable[[int], Any]
 

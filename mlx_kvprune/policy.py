@@ -10,6 +10,8 @@ from mlx_kvprune import scorers
 from mlx_kvprune.scorers.base import Scorer, options_of
 from mlx_kvprune.settings import DEFAULT_BLOCK, DEFAULT_WINDOW, CacheSettings
 
+GLOBAL_BLOCK = 128  # where all layers compete, the model is called in steps of a block: short ones are slow
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -32,8 +34,9 @@ class Policy:
     def completed(self, settings: CacheSettings) -> CacheSettings:
         """The settings with what the user left open filled in."""
         window = self.window if settings.window is None else settings.window
-        tokens = settings.budget.tokens or 4 * self.block
-        block = max(DEFAULT_BLOCK, min(self.block, tokens // 4 // DEFAULT_BLOCK * DEFAULT_BLOCK))
+        wanted = max(self.block, GLOBAL_BLOCK if settings.allocator == "global" else 0)
+        tokens = settings.budget.tokens or 4 * wanted
+        block = max(DEFAULT_BLOCK, min(wanted, tokens // 4 // DEFAULT_BLOCK * DEFAULT_BLOCK))
         return settings.but(window=window, block=block if settings.block is None else settings.block)
 
 

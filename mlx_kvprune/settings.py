@@ -46,14 +46,24 @@ class CacheSettings:
 
     Attributes:
         policy: a name from ``mlx-kvprune policies``.
-        allocator: how the budget is shared over layers and heads (``uniform``).
+        allocator: how the budget is shared over layers and heads: ``uniform``, ``pyramid``, ``head_adaptive``, ``global``.
         budget: the most that is held at any moment (see ``Budget``); sinks, window and ring are inside it.
         n_sink: first tokens of the text that are never evicted.
         window: newest tokens that are never evicted. None lets the policy choose.
         block: tokens between two upkeeps; the hot ring holds ``window + block`` tokens. None lets the policy choose.
-        positions: ``text``: keys stay as the model rotated them.
+        positions: ``text``: keys stay as the model rotated them. ``cache``: a token's position is its rank in the cache,
+            so that texts may be longer than the model's trained context.
         store: ``kv``: keys and values are stored.
-        kv_bits: bits of stored keys and values; None stores them in the model's own type.
+        kv_bits: bits of stored keys and values (8, 6, 5, 4, 3, 2); None stores them in the model's own type.
+        kv_key_bits: bits of keys alone, over ``kv_bits``.
+        kv_value_bits: bits of values alone, over ``kv_bits``.
+        kv_group_size: numbers that share a scale (32, 64, 128).
+        kv_scheme: how keys are quantized: ``token``, ``channel``, ``page`` or ``auto`` (see docs/quantization.md).
+        kv_hadamard: rotate keys and values by a Hadamard matrix before they are quantized; None lets the bits decide.
+        kv_fine_tokens: slots per KV head, out of the budget, for the best tokens in a finer precision.
+        kv_fine_bits: bits of those; None stores them in the model's own type.
+        head_floor: share of an equal budget that every head keeps under ``head_adaptive`` and ``global``.
+        turn_floor: share of the pool that finished turns of a conversation keep, in equal parts (see ``end_turn``).
         seed: for policies that draw random numbers.
         question: token ids of the question, for policies that probe with it.
         options: hyper-parameters of the policy, by name, over its defaults.
@@ -68,6 +78,15 @@ class CacheSettings:
     positions: str = "text"
     store: str = "kv"
     kv_bits: int | None = None
+    kv_key_bits: int | None = None
+    kv_value_bits: int | None = None
+    kv_group_size: int = 64
+    kv_scheme: str = "auto"
+    kv_hadamard: bool | None = None
+    kv_fine_tokens: int = 0
+    kv_fine_bits: int | None = None
+    head_floor: float = 0.2
+    turn_floor: float = 0.5
     seed: int = 0
     question: tuple[int, ...] = ()
     options: tuple[tuple[str, Any], ...] = ()
@@ -81,14 +100,52 @@ class CacheSettings:
         for name in ("window", "block"):
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
-        _one_of("allocator", self.allocator, ("uniform",))
-        _one_of("positions", self.positions, ("text",))
+        _one_of("allocator", self.allocator, ALLOCATORS)
+        _one_of("positions", self.positions, ("text", "cache"))
         _one_of("store", self.store, ("kv",))
-        if self.kv_bits is not None:
+        for name in ("head_floor", "turn_floor"):
+            if not 0 <= getattr(self, name) <= 1:
+                where = name.replace("_", "-")
+                raise ValueError(f"[{where}] must be a share from 0 to 1; got {getattr(self, name)!r}; try 0.2")
+        self._check_bits()
+
+    def _check_bits(self) -> None:
+        """What can be said of quantization without knowing the model."""
+        for name in ("kv_bits", "kv_key_bits", "kv_value_bits", "kv_fine_bits"):
+            _one_of(name.replace("_", "-"), getattr(self, name), (None, *BITS))
+        _one_of("kv-group-size", self.kv_group_size, GROUP_SIZES)
+        _one_of("kv-scheme", self.kv_scheme, SCHEMES)
+        _at_least("kv-fine-tokens", self.kv_fine_tokens, 0)
+        if self.kv_fine_tokens and self.kv_scheme == "page":
             raise ValueError(
-                f"[kv-bits] quantized storage is not in this version; got {self.kv_bits}; "
-                "try without it, or a smaller budget"
+                "[kv-scheme] pages are written once and cannot be handed on to a second precision; got 'page' with "
+                f"--kv-fine-tokens {self.kv_fine_tokens}; try --kv-scheme channel"
             )
+        if self.kv_scheme == "page" and self.block is not None and self.block % PAGE:
+            raise ValueError(
+                f"[block] pages of {PAGE} tokens leave the ring at a time with --kv-scheme page; got {self.block}; "
+                f"try {PAGE}"
+            )
+
+    @property
+    def key_bits(self) -> int | None:
+        """Bits of stored keys."""
+        return self.kv_bits if self.kv_key_bits is None else self.kv_key_bits
+
+    @property
+    def value_bits(self) -> int | None:
+        """Bits of stored values."""
+        return self.kv_bits if self.kv_value_bits is None else self.kv_value_bits
+
+    @property
+    def ragged(self) -> bool:
+        """Whether heads may hold differently many slots."""
+        return self.allocator in ("head_adaptive", "global")
+
+    @property
+    def paged(self) -> bool:
+        """Whether slots are written a page at a time."""
+        return self.kv_scheme == "page" and self.key_bits is not None
 
     @property
     def ring_size(self) -> int:
@@ -98,7 +155,15 @@ class CacheSettings:
     @property
     def smallest_budget(self) -> int:
         """The smallest budget in tokens per KV head that has room for sinks, window, ring and one pool slot."""
-        return self.ring_size + self.n_sink + 1
+        return self.ring_size + self.smallest_pool
+
+    @property
+    def smallest_pool(self) -> int:
+        """The fewest slots that the pool must have: whole pages where slots come in pages."""
+        least = self.n_sink + 1
+        if self.ragged or self.paged:
+            least = -(-least // PAGE) * PAGE
+        return least + self.kv_fine_tokens
 
     def check_tokens(self, tokens: int) -> int:
         """Return ``tokens`` if sinks, window and ring fit into it.
@@ -108,7 +173,7 @@ class CacheSettings:
         """
         if tokens < self.smallest_budget:
             parts = f"{self.n_sink} sinks + a ring of {self.ring_size} (window {self.window or DEFAULT_WINDOW}, "
-            parts += f"block {self.block or DEFAULT_BLOCK}) + 1"
+            parts += f"block {self.block or DEFAULT_BLOCK}) + {self.smallest_pool - self.n_sink}"
             raise ValueError(
                 f"[budget] too small for {parts}; got {tokens} tokens per KV head; try {self.smallest_budget} or more, "
                 "or a smaller --window, or fewer --sinks"
@@ -133,6 +198,11 @@ class CacheSettings:
 
 
 DEFAULT_WINDOW, DEFAULT_BLOCK = 64, 32
+PAGE = 32  # slots of a page
+ALLOCATORS = ("uniform", "pyramid", "head_adaptive", "global")
+BITS = (8, 6, 5, 4, 3, 2)
+GROUP_SIZES = (32, 64, 128)
+SCHEMES = ("auto", "token", "channel", "page")
 
 
 def _at_least(name: str, value: Any, least: int) -> None:
@@ -140,6 +210,7 @@ def _at_least(name: str, value: Any, least: int) -> None:
         raise ValueError(f"[{name}] must be a whole number of at least {least}; got {value!r}; try {least}")
 
 
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"[{name}] not in this version; got {value!r}; try one of: {', '.join(known)}")
+def _one_of(name: str, value: Any, known: tuple[Any, ...]) -> None:
+    if value not in known or isinstance(value, bool):
+        hint = ", ".join(str(x) for x in known if x is not None)
+        raise ValueError(f"[{name}] not in this version; got {value!r}; try one of: {hint}")

@@ -317,8 +317,5 @@ def heard_by(past: Past, head: int, held: list[int], queries: np.ndarray, keys: 
 
 
 def kept_positions(cache: Any) -> np.ndarray:
-    """Positions that a ``PrunedKVCache`` holds, in text order ``(B, H_kv, S)``."""
-    batch, heads, count, _ = cache.held.ring.keys.shape
-    newest = np.broadcast_to(np.arange(cache.offset - count, cache.offset), (batch, heads, count))
-    older = np.array(cache.held.pool.positions)[:, :, : cache.held.pool.count]
-    return np.sort(np.concatenate([older, newest], axis=2), axis=2)
+    """Positions that a ``PrunedKVCache`` holds, in text order ``(B, H_kv, S)``; negative ones are empty slots."""
+    return np.sort(np.array(cache.held.positions()), axis=2)

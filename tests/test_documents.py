@@ -89,7 +89,7 @@ def test_pinned_tokens_are_held_to_the_end():
     model = zoo.tiny_model("llama")
     cache = kvp.make_cache(model, policy="window", budget=120, n_sink=30, window=16, block=16)
     prefill(model, list(range(100)) * 3, cache, step=64)
-    positions = pruned(cache)[0].held.pool.positions[0, 0].tolist()
+    positions = pruned(cache)[0].held.positions()[0, 0].tolist()
     assert set(range(30)) <= set(positions)
     kvp.detach(model)
 

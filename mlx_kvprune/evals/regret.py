@@ -110,12 +110,12 @@ def evictions(model: nn.Module, tokens: Sequence[int], caches: list[Any], tick: 
 
 def _is_held(cache: PrunedKVCache, n_tokens: int) -> np.ndarray:
     """Which positions one layer holds: ``(B, H_kv, n_tokens)`` bool."""
-    shape = (*cache.held.ring.keys.shape[:2], n_tokens)
-    now = np.zeros(shape, bool)
-    now[..., cache.held.written - cache.held.ring.count : cache.held.written] = True
-    positions = np.array(cache.held.pool.positions[:, :, : cache.held.pool.count]).astype(np.int64)
-    np.put_along_axis(now, positions, True, axis=-1)
-    return now
+    positions = np.array(cache.held.positions()).astype(np.int64)
+    now = np.zeros((*positions.shape[:2], n_tokens + 1), bool)
+    np.put_along_axis(
+        now, np.where(positions < 0, n_tokens, positions), True, axis=-1
+    )  # the last one is for empty slots
+    return now[..., :n_tokens]
 
 
 def measure(
@@ -179,10 +179,7 @@ def full_weights(caches: list[Any], asked: np.ndarray, start: int) -> np.ndarray
 
 
 def _layer_weights(cache: PrunedKVCache) -> mx.array:
-    pool, ring = cache.held.pool, cache.held.ring
-    assert ring is not None
-    assert pool is not None
-    keys = mx.concatenate([pool.keys[:, :, : pool.count], ring.keys], axis=2)
+    keys = cache.held.rows("keys")
     positions = mx.broadcast_to(mx.arange(cache.held.written, dtype=mx.int32), keys.shape[:3])
     everything = Held(keys, keys, positions, None, cache.held.written, cache.layer, cache.scale)
     return attention_of(cache.signals["queries"], everything)

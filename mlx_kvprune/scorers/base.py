@@ -20,12 +20,14 @@ class Held:
     Attributes:
         keys: ``(B, H_kv, S, D)`` as the model rotated them.
         values: ``(B, H_kv, S, D_v)``.
-        positions: token index of each slot ``(B, H_kv, S)`` int32.
+        positions: token index of each slot ``(B, H_kv, S)`` int32; negative where a slot is empty (heads may differ).
         memory: what the scorer remembered of each slot ``(B, H_kv, S)`` float32, or None.
         now: tokens seen; the next token's position.
         layer: index of the layer.
         scale: factor of the model's attention logits.
         rope: the layer's rotary module, or None.
+        next: the position that the next token's query is rotated to: ``now``, unless positions are those in the cache.
+        turned: whether queries that were seen are as the model rotated them.
     """
 
     keys: mx.array
@@ -36,6 +38,19 @@ class Held:
     layer: int
     scale: float
     rope: Callable[..., mx.array] | None = None
+    next: int = 0
+    turned: bool = True
+
+    @property
+    def live(self) -> mx.array:
+        """Which slots hold something ``(B, H_kv, S)`` bool."""
+        return self.positions >= 0
+
+    def in_place(self, queries: mx.array) -> mx.array:
+        """The newest queries ``(B, H_q, w, D)``, rotated to match ``keys``."""
+        if self.turned or self.rope is None:
+            return queries
+        return self.rope(mx.array(queries), offset=self.next - queries.shape[2])
 
 
 @dataclass(frozen=True)
@@ -43,14 +58,16 @@ class Seen:
     """One attention step: ``L`` new queries.
 
     Attributes:
-        queries: ``(B, H_q, L, D)`` as the model rotated them.
+        queries: ``(B, H_q, L, D)`` as the model rotated them, or before rotation.
         start: position of the first of them.
         rope: the layer's rotary module, or None.
+        turned: whether they are as the model rotated them.
     """
 
     queries: mx.array
     start: int
     rope: Callable[..., mx.array] | None = None
+    turned: bool = True
 
 
 class Scorer:
@@ -114,10 +131,11 @@ def attention_of(queries: mx.array, held: Held) -> mx.array:
     """
     batch, n_heads, w, width = queries.shape
     kv_heads, slots = held.keys.shape[1], held.keys.shape[2]
-    grouped = queries.reshape(batch, kv_heads, -1, width) * held.scale
+    grouped = held.in_place(queries).reshape(batch, kv_heads, -1, width) * held.scale
     logits = (grouped @ held.keys.swapaxes(-1, -2)).reshape(batch, kv_heads, n_heads // kv_heads, w, slots)
     at = mx.arange(held.now - w, held.now)[:, None]
-    visible = held.positions[:, :, None, None, :] <= at
+    positions = held.positions[:, :, None, None, :]
+    visible = (positions >= 0) & (positions <= at)
     return softmax(mx.where(visible, logits, -mx.inf))
 
 

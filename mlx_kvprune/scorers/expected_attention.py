@@ -40,7 +40,7 @@ class ExpectedAttention(Scorer):
             queries, start = queries[:, :, self.n_sink - start :], self.n_sink
         if queries.shape[2] == 0:
             return state
-        plain = unrotate(seen.rope, queries, start).astype(mx.float32)
+        plain = (unrotate(seen.rope, queries, start) if seen.turned else queries).astype(mx.float32)
         new = {"sum": plain.sum(axis=2), "outer": plain.swapaxes(-1, -2) @ plain}
         if "turn" in state:
             return {**state, **{name: state[name] + x for name, x in new.items()}}
@@ -48,7 +48,7 @@ class ExpectedAttention(Scorer):
 
     def score(self, held: Held, state: State) -> mx.array:
         n = max(1, held.now - self.n_sink)
-        turn = rotated(held.rope, state["turn"], held.now)
+        turn = rotated(held.rope, state["turn"], held.next)
         mean = state["sum"] / n
         spread = state["outer"] / n - mean[..., :, None] * mean[..., None, :]
         keys = held.keys.astype(mx.float32)[:, :, None]  # (B, H_kv, 1, S, D)
@@ -59,7 +59,7 @@ class ExpectedAttention(Scorer):
         if self.covariance:
             spread = (turn.T @ spread @ turn).reshape(*grouped, width, width)
             logits = logits + held.scale**2 / 2 * ((keys @ spread) * keys).sum(axis=-1)
-        sinks = held.positions[:, :, None] < self.n_sink  # always kept: as published, they take no share
+        sinks = held.positions[:, :, None] < self.n_sink  # always kept (or empty): as published, they take no share
         weights = softmax(mx.where(sinks, -mx.inf, logits)).mean(axis=2)
         if not self.value_norm:
             return weights

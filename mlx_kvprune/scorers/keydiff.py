@@ -17,6 +17,6 @@ class KeyDiff(Scorer):
     def score(self, held: Held, state: State) -> mx.array:
         keys = held.keys.astype(mx.float32)
         keys = keys / mx.maximum(mx.linalg.norm(keys, axis=-1, keepdims=True), 1e-12)
-        anchor = keys.mean(axis=2, keepdims=True)
+        anchor = mx.where(held.live[..., None], keys, 0.0).sum(axis=2, keepdims=True)  # its length does not matter
         anchor = anchor / mx.maximum(mx.linalg.norm(anchor, axis=-1, keepdims=True), 1e-12)
         return -(keys * anchor).sum(axis=-1)

@@ -58,9 +58,9 @@ def past_attention(queries: mx.array, held: Held) -> mx.array:
     """
     batch, n_heads, w, width = queries.shape
     kv_heads = held.keys.shape[1]
-    grouped = queries.reshape(batch, kv_heads, n_heads // kv_heads, w, width) * held.scale
+    grouped = held.in_place(queries).reshape(batch, kv_heads, n_heads // kv_heads, w, width) * held.scale
     logits = (grouped @ held.keys[:, :, None].swapaxes(-1, -2)).max(axis=2).astype(mx.float32)
-    old = held.positions[:, :, None] < held.now - w
+    old = held.live[:, :, None] & (held.positions[:, :, None] < held.now - w)
     return softmax(mx.where(old, logits, -mx.inf)).mean(axis=2)
 
 
@@ -68,8 +68,11 @@ def redundancy(keys: mx.array, positions: mx.array, threshold: float) -> mx.arra
     """How much each key repeats the others ``(B, H_kv, S, D) -> (B, H_kv, S)``; sums to one over the slots."""
     keys = keys.astype(mx.float32)
     keys = keys / mx.maximum(mx.linalg.norm(keys, axis=-1, keepdims=True), 1e-8)
+    live = positions >= 0
     similar = (keys @ keys.swapaxes(-1, -2)) * (1 - mx.eye(keys.shape[2]))
+    similar = mx.where(live[:, :, None, :] & live[..., None], similar, 0.0)
     when = mx.where(similar > threshold, positions[:, :, None, :], -1)
     latest = when.max(axis=-1, keepdims=True)
     spared = (when == latest) & (latest >= 0)
-    return mx.softmax(mx.where(spared, 0.0, similar).mean(axis=-2), axis=-1)
+    mean = mx.where(spared, 0.0, similar).sum(axis=-2) / live.sum(axis=-1, keepdims=True)
+    return mx.softmax(mx.where(live, mean, -mx.inf), axis=-1)

@@ -49,7 +49,7 @@ class SnapKV(Scorer):
 
     def score(self, held: Held, state: State) -> mx.array:
         weights = attention_of(state["queries"], held).mean(axis=3)  # (B, H_kv, gqa_factor, S)
-        old = held.positions[:, :, None] < held.now - self.last
+        old = held.live[:, :, None] & (held.positions[:, :, None] < held.now - self.last)
         weights = mx.where(old, weights, 0.0)  # as published, the observation window itself is not pooled
         if self.pooling == "mean":  # then the order of the two means does not matter
             weights = weights.mean(axis=2, keepdims=True)

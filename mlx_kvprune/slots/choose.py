@@ -1,4 +1,4 @@
-"""Which slots of the pool are overwritten by which tokens that leave the ring."""
+"""Which slots of a pool are overwritten by which tokens."""
 
 from __future__ import annotations
 
@@ -25,13 +25,38 @@ def order_key(scores: mx.array, positions: mx.array) -> mx.array:
     return (ordered.astype(mx.int64) << 32) + positions.astype(mx.int64)
 
 
+def grouped_keys(scores: mx.array, positions: mx.array, granule: int) -> mx.array:
+    """Order keys of what is written together: ``granule`` neighbours share their mean score and newest position.
+
+    Args:
+        scores: ``(B, H_kv, n)``; minus infinity where a slot is empty.
+        positions: ``(B, H_kv, n)`` int32.
+        granule: slots that are written together.
+
+    Returns:
+        ``(B, H_kv, n / granule)`` int64.
+    """
+    if granule == 1:
+        return order_key(scores, positions)
+    shape = (*scores.shape[:2], scores.shape[2] // granule, granule)
+    scores, positions = scores.reshape(shape), positions.reshape(shape)
+    held = positions >= 0
+    mean = mx.where(held, scores, 0.0).sum(axis=-1) / mx.maximum(held.sum(axis=-1), 1)
+    return order_key(mx.where(held.any(axis=-1), mean, -mx.inf), positions.max(axis=-1))
+
+
 @dataclass(frozen=True)
 class Exchange:
-    """``slots[i]`` of the pool is overwritten by ``leaving[i]`` of the ring where ``replace[i]``; all ``(B, H_kv, m)``."""
+    """``slots[i]`` of the pool is overwritten by ``leaving[i]`` where ``replace[i]``; all ``(B, H_kv, m)``.
+
+    Attributes:
+        beaten: leaving tokens that were not set against a slot ``(B, H_kv, n - m)``.
+    """
 
     slots: mx.array
     leaving: mx.array
     replace: mx.array
+    beaten: mx.array
 
 
 def exchange(pool_keys: mx.array, leaving_keys: mx.array) -> Exchange:
@@ -51,6 +76,29 @@ def exchange(pool_keys: mx.array, leaving_keys: mx.array) -> Exchange:
     worst = mx.argpartition(pool_keys, kth=m - 1, axis=-1)[..., :m]
     worst_keys = mx.take_along_axis(pool_keys, worst, axis=-1)
     ascending = mx.argsort(worst_keys, axis=-1)
-    descending = mx.argsort(-leaving_keys, axis=-1)[..., :m]
+    order = mx.argsort(-leaving_keys, axis=-1)
+    descending = order[..., :m]
     replace = mx.take_along_axis(leaving_keys, descending, -1) > mx.take_along_axis(worst_keys, ascending, -1)
-    return Exchange(mx.take_along_axis(worst, ascending, -1), descending, replace)
+    return Exchange(mx.take_along_axis(worst, ascending, -1), descending, replace, order[..., m:])
+
+
+def best_of_spans(keys: mx.array, positions: mx.array, starts: tuple[int, ...], n: int) -> mx.array:
+    """Which slots are among the ``n`` best of their span of the text; slots after the last start belong to none.
+
+    Args:
+        keys: order keys ``(B, H_kv, S)``.
+        positions: ``(B, H_kv, S)`` int32.
+        starts: first position of each span, rising; a span ends where the next one starts, the last one is open.
+        n: how many of each closed span.
+
+    Returns:
+        ``(B, H_kv, S)`` bool.
+    """
+    first = mx.array(starts, mx.int32)
+    span = (positions[..., None] >= first).sum(axis=-1) - 1  # (B, H_kv, S); -1 before the first
+    best_first = mx.argsort(mx.argsort(-keys, axis=-1), axis=-1)  # rank of each slot among all
+    slots = keys.shape[-1]
+    place = mx.argsort(mx.argsort(span * slots + best_first, axis=-1), axis=-1)  # by span, then by rank
+    before = (span[..., None, :] < mx.arange(len(starts))[:, None]).sum(axis=-1)  # (B, H_kv, spans)
+    rank = place - mx.take_along_axis(before, mx.maximum(span, 0), axis=-1)
+    return (rank < n) & (span >= 0) & (span < len(starts) - 1)

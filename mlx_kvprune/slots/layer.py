@@ -1,32 +1,119 @@
-"""Ring and pool of one layer together: what is where, and when tokens move from the one to the other."""
+"""Ring and pools of one layer together: what is where, and when tokens move from the one to the other."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
+from mlx_kvprune.quantize import PAGE, Codec
+from mlx_kvprune.slots.format import Format, plain
+from mlx_kvprune.slots.pages import Candidates, PagedPool, PageWrites
+from mlx_kvprune.slots.parts import PagedPart, Part
 from mlx_kvprune.slots.pool import Pool, Writes
-from mlx_kvprune.slots.ring import Ring
+from mlx_kvprune.slots.ring import Ring, Tokens
 
-Arrays = tuple[mx.array | None, ...]
+Turn = Callable[[mx.array, mx.array], mx.array]
+AnyPool = Pool | PagedPool
+AnyPart = Part | PagedPart
+
+
+@dataclass(frozen=True)
+class PoolSpec:
+    """A pool before the first token has shown what a row looks like.
+
+    Attributes:
+        limit: the most slots per KV head, on average where heads differ.
+        keys: arguments of the keys' ``Codec`` beside its width.
+        values: of the values'.
+        ragged: whether heads may hold differently many.
+    """
+
+    limit: int
+    keys: dict[str, Any] = field(default_factory=dict)
+    values: dict[str, Any] = field(default_factory=dict)
+    ragged: bool = False
+
+    @property
+    def exact(self) -> bool:
+        """Whether what is stored can be had back as it was."""
+        return not (self.keys or self.values)
+
+    def make(self, like: Tokens) -> AnyPool:
+        """An empty pool for tokens like these."""
+        keys, values = Codec(like.keys.shape[-1], **self.keys), Codec(like.values.shape[-1], **self.values)
+        form = Format(keys, values, like.keys.dtype)
+        if self.ragged:
+            heads = like.keys.shape[0] * like.keys.shape[1]
+            return PagedPool(max(heads, heads * self.limit // PAGE), like, form)
+        return Pool(self.limit // form.granule * form.granule, like, form)
+
+
+@dataclass(frozen=True)
+class Step:
+    """What happens to one pool when tokens come to it: they are filled in, or written over others."""
+
+    pool: int
+    fill: Tokens | None = None
+    writes: Writes | PageWrites | None = None
+
+    def arrays(self) -> list[mx.array]:
+        what = self.fill or self.writes
+        assert what is not None
+        return what.arrays()
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Tokens that leave the ring, as far as it is settled what becomes of them.
+
+    Attributes:
+        n: how many.
+        steps: what is settled.
+        tokens: what arrives at the last pool, if that one is ragged and must evict; None if all is settled.
+        candidates: what competes there.
+    """
+
+    n: int
+    steps: tuple[Step, ...]
+    tokens: Tokens | None = None
+    candidates: Candidates | None = None
+
+    def arrays(self) -> list[mx.array]:
+        """What must be evaluated so that pools are written in place."""
+        return [x for step in self.steps for x in step.arrays()]
 
 
 class LayerSlots:
     """Everything that one layer holds. Tokens are written to the ring and move on ``block`` at a time.
 
+    Pools stand in a row: what the first does not keep competes for the second, and so on; only the last may be ragged.
+
     Args:
         ring_size: tokens that the ring holds when full.
         block: tokens that leave it at a time.
-        limit: the most slots per KV head of the pool.
+        pools: one, or two of different precision.
         memory: whether a number is remembered with each slot.
+        ranked: whether the rank of each slot by position is kept (for positions in the cache).
     """
 
-    def __init__(self, ring_size: int, block: int, limit: int, memory: bool):
-        self.ring_size, self.block, self.limit, self.with_memory = ring_size, block, limit, memory
-        self.written = 0  # tokens that are in the ring or have been
+    def __init__(self, ring_size: int, block: int, pools: tuple[PoolSpec, ...], memory: bool, ranked: bool = False):
+        self.ring_size, self.block, self.specs = ring_size, block, pools
+        self.with_memory, self.ranked = memory, ranked
+        self.written = 0  # position of the next token
+        self.final = 0  # what was written before this cannot be taken back
+        self.evicted = False
+        self.pools: list[AnyPool] = []
+        self.ranks: list[
+            mx.array
+        ] = []  # of each pool's slots among those of all pools, int32, as the pool lays them out
         self._ring: Ring | None = None
-        self._pool: Pool | None = None
+
+    # -- how much --------------------------------------------------------------------------------------------------
 
     @property
     def ring(self) -> Ring:
@@ -35,97 +122,211 @@ class LayerSlots:
         return self._ring
 
     @property
-    def pool(self) -> Pool:
-        """The older ones that were kept."""
-        assert self._pool is not None, "nothing was written yet"
-        return self._pool
+    def last(self) -> AnyPool:
+        """The pool out of which slots are evicted."""
+        return self.pools[-1]
 
     def empty(self) -> bool:
         """Whether nothing was ever written."""
         return self._ring is None
 
+    def pool_count(self) -> int:
+        """Slots of the pools of the head that holds most."""
+        return sum(pool.count for pool in self.pools)
+
     def size(self) -> int:
-        """Slots held per KV head."""
-        return 0 if self.empty() else self.pool.count + self.ring.count
+        """Slots held by the KV head that holds most."""
+        return 0 if self.empty() else self.pool_count() + self.ring.count
+
+    def held(self) -> int:
+        """Slots held over all heads."""
+        if self.empty():
+            return 0
+        batch, heads = self.ring.keys.shape[:2]
+        return batch * heads * self.ring.count + sum(pool.held for pool in self.pools)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of ring and pool, everything counted."""
-        return 0 if self.empty() else self.ring.nbytes + self.pool.nbytes
+        """Bytes of ring and pools, everything counted."""
+        return 0 if self.empty() else sum(x.nbytes for x in (self.ring, *self.pools, *self.ranks))
 
     def spare(self) -> int:
         """Tokens that the ring takes before it is full."""
         return self.ring_size - (0 if self.empty() else self.ring.count)
 
     def free(self) -> int:
-        """Whole blocks of tokens that the pool takes before anything is evicted."""
-        free = self.limit if self.empty() else self.pool.free
-        return free // self.block * self.block
+        """Whole blocks of tokens that the first pool takes before tokens must compete."""
+        if self.empty():
+            return self.specs[0].limit // self.block * self.block
+        return self.pools[0].free // self.block * self.block
+
+    def free_at_all(self) -> int:
+        """Slots per KV head that are free in any pool."""
+        return sum(pool.free for pool in self.pools)
+
+    def ahead(self) -> int:
+        """Tokens that may be written at once: none of them competes, and none is quantized earlier in shorter calls."""
+        exact = all(spec.exact for spec in self.specs)
+        return self.spare() + (self.free() if exact else 0)
 
     def full(self) -> bool:
         """Whether the next token makes slots change hands."""
         return not self.empty() and self.spare() <= 0
 
     def evicts_next(self) -> bool:
-        """Whether the next token makes slots be evicted."""
+        """Whether the next token makes tokens compete for slots."""
         return self.full() and self.free() == 0
+
+    # -- writing -----------------------------------------------------------------------------------------------------
 
     def write(self, keys: mx.array, values: mx.array, memory: mx.array | None) -> None:
         """Put new tokens ``(B, H_kv, L, D)`` into the ring."""
         if self.empty():
             nothing = mx.zeros((*keys.shape[:2], 0)) if self.with_memory else None
-            self._ring = Ring(keys[:, :, :0], values[:, :, :0], nothing)
-            self._pool = Pool.like(self._ring, self.limit)
-        self.ring.append(keys, values, memory)
+            self._ring = Ring(keys[:, :, :0], values[:, :, :0], nothing, np.zeros(0, np.int32))
+            self.pools = [spec.make(self._ring.oldest(0)) for spec in self.specs]
+        self.ring.append(keys, values, memory, self.written)
         self.written += keys.shape[2]
 
     def overflow(self) -> int:
         """Tokens, in whole blocks, that the ring holds beyond its size."""
         return -(min(0, self.spare()) // self.block) * self.block
 
-    def move(self, n: int, writes: Writes | None = None) -> None:
-        """Move the oldest ``n`` tokens of the ring to the pool: into empty slots, or as ``writes`` says."""
-        if writes is None:
-            self.pool.fill(self.ring.oldest(n), self.ring_positions()[:, :, :n])
-        else:
-            assert writes.n == n
-            self.pool.write(writes)
-        self.ring.drop_oldest(n)
+    def fill(self, n: int) -> None:
+        """Move the oldest ``n`` tokens of the ring into empty slots of the first pool, which has them."""
+        self._calibrate()
+        self.pools[0].fill(self.ring.oldest(n))
+        self._left(n)
 
-    def choose(self, n: int, scores: mx.array) -> Writes:
-        """What ``move(n)`` has to write so that the best stay, by scores of everything held ``(B, H_kv, S)``."""
-        count = self.pool.count
-        positions, slots, leaving = self.ring_positions()[:, :, :n], slice(0, count), slice(count, count + n)
-        return self.pool.choose(self.ring.oldest(n), positions, scores[:, :, slots], scores[:, :, leaving])
+    def _calibrate(self) -> None:
+        """Set what is fixed once per pool, from the first tokens of the text."""
+        first = self.ring.keys[:, :, : self.ring_size]
+        for pool in self.pools:
+            if not self.pool_count():
+                pool.format = pool.format.calibrated(first)
 
-    def parts(self) -> tuple[tuple[mx.array, ...], tuple[mx.array, ...]]:
-        """Keys and values where they lie: of the pool if it holds any, and of the ring."""
-        ring, pool = self.ring, self.pool
-        if pool.count == 0:
-            return (ring.keys,), (ring.values,)
-        used = slice(0, pool.count)
-        return (pool.keys[:, :, used], ring.keys), (pool.values[:, :, used], ring.values)
+    def contest(self, n: int, scores: mx.array) -> Contest:
+        """What becomes of the oldest ``n`` tokens, by scores of everything held ``(B, H_kv, S)``.
+
+        Where the last pool is ragged and must evict, ``decide`` has the last word.
+        """
+        self._calibrate()
+        steps, start = [], 0
+        tokens, new_scores = self.ring.oldest(n), scores[:, :, self._pool_width() :][:, :, :n]
+        for i, pool in enumerate(self.pools):
+            if pool.free >= n:
+                return Contest(n, (*steps, Step(i, fill=tokens)))
+            width = pool.heads_positions().shape[2]
+            slot_scores = scores[:, :, start : start + width]
+            start += width
+            if isinstance(pool, PagedPool):
+                return Contest(n, tuple(steps), tokens, pool.candidates(tokens, slot_scores, new_scores))
+            writes = pool.choose(tokens, slot_scores, new_scores, want_losers=pool is not self.last)
+            steps.append(Step(i, writes=writes))
+            if writes.losers is not None and writes.scores is not None:
+                tokens, new_scores = writes.losers, writes.scores
+        return Contest(n, tuple(steps))
+
+    def decide(self, contest: Contest, pages: np.ndarray) -> Contest:
+        """The contest with the ragged pool's share settled: ``pages`` of each head ``(B * H_kv,)``."""
+        assert contest.tokens is not None and contest.candidates is not None
+        assert isinstance(self.last, PagedPool)
+        writes = self.last.choose(contest.tokens, contest.candidates, pages)
+        return Contest(contest.n, (*contest.steps, Step(len(self.pools) - 1, writes=writes)))
+
+    def carry_out(self, contest: Contest) -> None:
+        """Do what was chosen."""
+        assert contest.candidates is None, "not settled"
+        for step in contest.steps:
+            pool: Any = self.pools[step.pool]
+            if step.fill is not None:
+                pool.fill(step.fill)
+            else:
+                pool.write(step.writes)
+                self.evicted = self.evicted or pool is self.last
+                self.final = self.written
+        self._left(contest.n)
+
+    def _left(self, n: int) -> None:
+        self.ring.keep(slice(n, None))
+        if not all(spec.exact for spec in self.specs):
+            self.final = self.written
+        self._rank()
+
+    def _rank(self) -> None:
+        """Note where each slot stands among those of its head, if that is wanted."""
+        if not self.ranked:
+            return
+        self.ranks, start, ranks = [], 0, self.pool_ranks()
+        for pool in self.pools:
+            width = pool.heads_positions().shape[2]
+            self.ranks.append(pool.laid_out(ranks[:, :, start : start + width]))
+            start += width
+
+    def pool_ranks(self) -> mx.array:
+        """Of each slot of the pools, how many of its head are older ``(B, H_kv, S)`` int32; empty ones are the oldest."""
+        positions = mx.concatenate([pool.heads_positions() for pool in self.pools], axis=2)
+        return mx.argsort(mx.argsort(positions, axis=-1), axis=-1).astype(mx.int32)
+
+    # -- reading -----------------------------------------------------------------------------------------------------
+
+    def parts(self, turn: Turn | None = None, newest: int = 0) -> tuple[AnyPart, ...]:
+        """What attention works on: the pools that hold something, and the ring last.
+
+        Args:
+            turn: ``turn(x, at)`` rotates rows to positions, where keys are kept un-rotated.
+            newest: the newest token's position in the model's eyes, then.
+        """
+        ring = self.ring
+        if turn is None:
+            pools = [pool.part() for pool in self.pools if pool.count]
+            return (*pools, Part(plain(ring.keys), plain(ring.values)))
+        first = newest + 1 - ring.count
+        keys = turn(ring.keys, mx.arange(first, newest + 1, dtype=mx.int32))
+        return (*self._turned(turn, first), Part(plain(keys), plain(ring.values)))
+
+    def _turned(self, turn: Turn, first: int) -> list[AnyPart]:
+        """The pools' parts, keys turned to where they stand before the ring, whose oldest stands at ``first``."""
+        out: list[AnyPart] = []
+        for pool, ranks in zip(self.pools, self.ranks, strict=False):
+            if pool.count:
+                part = pool.part()
+                keys = plain(turn(part.keys.decoded(pool.format.dtype), first - self._pool_width() + ranks))
+                out.append(replace(part, keys=keys))
+        return out
+
+    def _pool_width(self) -> int:
+        """Slots per head of the pools as scorers see them, padding included."""
+        return sum(pool.heads_positions().shape[2] for pool in self.pools)
 
     def positions(self) -> mx.array:
-        """Token index of everything held ``(B, H_kv, S)`` int32: the pool's slots first, then the ring."""
-        return self._joined(self.pool.positions, self.ring_positions())
+        """Token index of everything held ``(B, H_kv, S)`` int32, negative where there is none: pools first, then ring."""
+        return self._joined([pool.heads_positions() for pool in self.pools], self.ring.heads_positions())
+
+    def rows(self, name: str) -> mx.array:
+        """``keys`` or ``values`` of everything held ``(B, H_kv, S, D)``, in the same order."""
+        return self._joined([pool.heads_rows(name) for pool in self.pools], getattr(self.ring, name))
 
     def memory(self) -> mx.array | None:
         """What is remembered of everything held ``(B, H_kv, S)``, in the same order."""
-        old, new = self.pool.memory, self.ring.memory
-        return None if old is None or new is None else self._joined(old, new)
+        if self.ring.memory is None:
+            return None
+        return self._joined([x for pool in self.pools if (x := pool.heads_memory()) is not None], self.ring.memory)
 
-    def ring_positions(self) -> mx.array:
-        """Token index of the ring's tokens ``(B, H_kv, count)`` int32."""
-        batch, heads, count, _ = self.ring.keys.shape
-        newest = mx.arange(self.written - count, self.written, dtype=mx.int32)
-        return mx.broadcast_to(newest, (batch, heads, count))
+    @staticmethod
+    def _joined(old: list[mx.array], new: mx.array) -> mx.array:
+        return mx.concatenate([*old, new], axis=2)
+
+    # -- what the scorer remembers -------------------------------------------------------------------------------
 
     def remember(self, memory: mx.array) -> None:
         """Set what is remembered of everything held ``(B, H_kv, S)``."""
-        count = self.pool.count
-        self.ring.memory = memory[:, :, count:]
-        self._set_pool_memory(memory[:, :, :count])
+        start = 0
+        for pool in self.pools:
+            width = pool.heads_positions().shape[2]
+            pool.set_memory(memory[:, :, start : start + width])
+            start += width
+        self.ring.memory = memory[:, :, start:]
 
     def remember_newest(self, memory: mx.array) -> None:
         """Set what is remembered of the newest ``L`` tokens ``(B, L)``, all of them in the ring, for every KV head."""
@@ -134,46 +335,110 @@ class LayerSlots:
         new = mx.broadcast_to(memory[:, None], (*self.ring.memory.shape[:2], n))
         self.ring.memory = mx.concatenate([self.ring.memory[:, :, :-n], new], axis=2)
 
-    def update_memory(self, update: Callable[[mx.array, mx.array], mx.array], weights: tuple[mx.array, ...]) -> Arrays:
+    def update_memory(
+        self, update: Callable[[mx.array, mx.array], mx.array], weights: tuple[mx.array, ...]
+    ) -> list[mx.array]:
         """``update(memory, weights)`` for each part; returns the arrays that are new."""
         *older, newest = weights
-        assert self.ring.memory is not None and self.pool.memory is not None
+        assert self.ring.memory is not None
         self.ring.memory = update(self.ring.memory, newest)
-        if older:
-            self._set_pool_memory(update(self.pool.memory[:, :, : self.pool.count], older[0]))
-        return self.ring.memory, self.pool.memory
+        pools = [pool for pool in self.pools if pool.count]
+        for pool, of_pool in zip(pools, older, strict=True):
+            memory = pool.heads_memory()
+            assert memory is not None
+            pool.set_memory(update(memory, of_pool))
+        return [self.ring.memory, *(pool.memory for pool in pools if pool.memory is not None)]
+
+    # -- taking back -----------------------------------------------------------------------------------------------
+
+    def can_forget(self, n: int) -> bool:
+        """Whether the newest ``n`` tokens can be taken back exactly."""
+        return n <= self.written - self.final
 
     def forget(self, n: int) -> None:
-        """Take back the newest ``n`` tokens while every token is still held, in order."""
-        ring, pool, keep = self.ring, self.pool, self.written - n
-        count = -(-max(0, keep - self.ring_size) // self.block) * self.block
-        back = slice(count, pool.count)
-        for name in ("keys", "values", "memory"):
-            held = getattr(ring, name)
-            if held is not None:
-                held = mx.concatenate([getattr(pool, name)[:, :, back], held], axis=2)
-                setattr(ring, name, held[:, :, : keep - count])
-        pool.clear(back)
+        """Take back the newest ``n`` tokens, which can be (``can_forget``)."""
+        keep = self.written - n
+        if n > self.ring.count or (not self.final and self.pool_count()):
+            self._refill_ring(-(-max(0, keep - self.ring_size) // self.block) * self.block)
+        self.ring.keep(slice(0, self.ring.count - (self.written - keep)))
         self.written = keep
+        self._rank()
 
-    def arrays(self) -> Arrays:
-        """The arrays of ring and pool, for ``restore``; None where there is none."""
+    def _refill_ring(self, count: int) -> None:
+        """Take tokens from the pools, newest first, until they hold ``count`` per head: nothing was evicted yet."""
+        for pool in reversed(self.pools):
+            back = min(pool.count, self.pool_count() - count)
+            if back > 0:
+                _to_ring(pool, back, self.ring)
+
+    def drop(self, start: int, stop: int, shift: int, turn: Callable[[mx.array], mx.array] | None) -> None:
+        """Forget the positions ``start .. stop - 1``; what is later moves back by ``shift`` positions.
+
+        Args:
+            turn: rotates keys ``(B, H_kv, S, D)`` back by ``shift`` positions; None where keys need not be turned.
+        """
+        for pool in self.pools:
+            if shift and turn and pool.count:
+                later = (pool.heads_positions() >= stop)[..., None]
+                keys = pool.heads_rows("keys")
+                pool.replace_keys(mx.where(later, turn(keys), keys))
+            pool.vacate(start, stop, shift)
+        ring = self.ring
+        if shift and turn and ring.count:
+            later = mx.array(ring.positions >= stop)[None, None, :, None]
+            ring.keys = mx.where(later, turn(ring.keys), ring.keys)
+        ring.keep(np.flatnonzero((ring.positions < start) | (ring.positions >= stop)))
+        ring.positions = np.where(ring.positions >= stop, ring.positions - shift, ring.positions).astype(np.int32)
+        self.written -= shift
+        self.final = self.written
+        self._rank()
+
+    # -- state -------------------------------------------------------------------------------------------------------
+
+    def arrays(self) -> dict[str, mx.array]:
+        """The arrays of ring and pools by name, for ``restore``."""
         if self.empty():
-            return (None,) * 7
-        ring, pool = self.ring, self.pool
-        return (ring.keys, ring.values, ring.memory, pool.keys, pool.values, pool.positions, pool.memory)
+            return {}
+        ring = self.ring
+        named = {"ring.keys": ring.keys, "ring.values": ring.values, "ring.memory": ring.memory}
+        named["ring.positions"] = mx.array(ring.positions)
+        for i, pool in enumerate(self.pools):
+            named |= {f"pool{i}.{name}": x for name, x in pool.arrays().items()}
+        return {name: x for name, x in named.items() if x is not None}
 
-    def restore(self, arrays: Arrays, count: int, written: int) -> None:
-        """Take over ``arrays()`` of another; in objects of its own, for slots are written in place."""
-        self.written = written
-        if arrays[0] is not None:
-            own = [None if x is None else mx.array(x) for x in arrays]
-            self._ring, self._pool = Ring(*own[:3]), Pool(self.limit, count, *own[3:])  # type: ignore[arg-type]
+    def numbers(self) -> dict[str, Any]:
+        """What else ``restore`` needs."""
+        pools = [pool.numbers() for pool in self.pools]
+        return {"written": self.written, "final": self.final, "evicted": self.evicted, "pools": pools}
 
-    def _joined(self, old: mx.array, new: mx.array) -> mx.array:
-        return mx.concatenate([old[:, :, : self.pool.count], new], axis=2)
+    def restore(self, arrays: dict[str, mx.array], numbers: dict[str, Any]) -> None:
+        """Take over ``arrays`` and ``numbers`` of another; in objects of its own, for slots are written in place."""
+        self.written, self.final, self.evicted = (numbers[name] for name in ("written", "final", "evicted"))
+        if not arrays:
+            return
+        own = {name: mx.array(x) for name, x in arrays.items()}
+        positions = np.array(own["ring.positions"])
+        self._ring = Ring(own["ring.keys"], own["ring.values"], own.get("ring.memory"), positions)
+        self.pools = [spec.make(self.ring.oldest(0)) for spec in self.specs]
+        for i, (pool, more) in enumerate(zip(self.pools, numbers["pools"], strict=True)):
+            prefix = f"pool{i}."
+            pool.restore({k.removeprefix(prefix): x for k, x in own.items() if k.startswith(prefix)}, more)
+        self._rank()
 
-    def _set_pool_memory(self, memory: mx.array) -> None:
-        assert self.pool.memory is not None
-        unused = self.pool.memory[:, :, self.pool.count :]
-        self.pool.memory = mx.concatenate([memory, unused], axis=2) if unused.shape[2] else memory
+
+def _to_ring(pool: AnyPool, n: int, ring: Ring) -> None:
+    """Move the newest ``n`` tokens of a pool, the same for every head, in front of the ring."""
+    order = mx.argsort(pool.heads_positions(), axis=-1)[..., -n:]
+    newest = functools.partial(_taken, order)
+    ring.keys = mx.concatenate([newest(pool.heads_rows("keys")), ring.keys], axis=2)
+    ring.values = mx.concatenate([newest(pool.heads_rows("values")), ring.values], axis=2)
+    memory = pool.heads_memory()
+    if memory is not None and ring.memory is not None:
+        ring.memory = mx.concatenate([newest(memory), ring.memory], axis=2)
+    positions = np.array(newest(pool.heads_positions()))[0, 0]
+    ring.positions = np.concatenate([positions, ring.positions])
+    pool.truncate(n)
+
+
+def _taken(order: mx.array, x: mx.array) -> mx.array:
+    return mx.take_along_axis(x, order[..., None] if x.ndim == 4 else order, axis=2)

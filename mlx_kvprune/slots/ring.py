@@ -5,6 +5,32 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import mlx.core as mx
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Tokens on their way from the ring to a pool, or from one pool to the next.
+
+    Attributes:
+        keys: ``(B, H_kv, n, D)``.
+        values: ``(B, H_kv, n, D_v)``.
+        memory: what the scorer remembers of each ``(B, H_kv, n)``, or None.
+        positions: ``(B, H_kv, n)`` int32; negative where there is none.
+    """
+
+    keys: mx.array
+    values: mx.array
+    memory: mx.array | None
+    positions: mx.array
+
+    @property
+    def n(self) -> int:
+        return self.keys.shape[2]
+
+    def arrays(self) -> list[mx.array]:
+        """Its arrays."""
+        return [x for x in (self.keys, self.values, self.memory, self.positions) if x is not None]
 
 
 @dataclass
@@ -18,11 +44,13 @@ class Ring:
         keys: ``(B, H_kv, count, D)``.
         values: ``(B, H_kv, count, D_v)``.
         memory: what the scorer remembers of each token ``(B, H_kv, count)``, float32, or None.
+        positions: ``(count,)`` int32, the same for all heads.
     """
 
     keys: mx.array
     values: mx.array
     memory: mx.array | None
+    positions: np.ndarray
 
     @property
     def count(self) -> int:
@@ -30,25 +58,31 @@ class Ring:
 
     @property
     def nbytes(self) -> int:
-        return self.keys.nbytes + self.values.nbytes + (self.memory.nbytes if self.memory is not None else 0)
+        arrays = (self.keys, self.values, self.memory, self.positions)
+        return sum(x.nbytes for x in arrays if x is not None)
 
-    def append(self, keys: mx.array, values: mx.array, memory: mx.array | None) -> None:
-        """Add tokens ``(B, H_kv, L, D)`` after the newest."""
+    def append(self, keys: mx.array, values: mx.array, memory: mx.array | None, start: int) -> None:
+        """Add tokens ``(B, H_kv, L, D)`` of the positions ``start ..`` after the newest."""
         self.keys = mx.concatenate([self.keys, keys], axis=2)
         self.values = mx.concatenate([self.values, values], axis=2)
         if self.memory is not None and memory is not None:
             self.memory = mx.concatenate([self.memory, memory], axis=2)
+        new = np.arange(start, start + keys.shape[2], dtype=np.int32)
+        self.positions = np.concatenate([self.positions, new])
 
-    def oldest(self, n: int) -> Ring:
+    def heads_positions(self) -> mx.array:
+        """Positions for every head ``(B, H_kv, count)`` int32."""
+        return mx.broadcast_to(mx.array(self.positions), self.keys.shape[:3])
+
+    def oldest(self, n: int) -> Tokens:
         """The oldest ``n`` tokens, which stay."""
-        return self._part(slice(0, n))
+        old = slice(0, n)
+        memory = None if self.memory is None else self.memory[:, :, old]
+        return Tokens(self.keys[:, :, old], self.values[:, :, old], memory, self.heads_positions()[:, :, old])
 
-    def drop_oldest(self, n: int) -> None:
-        """Remove the oldest ``n`` tokens; what stays does not keep the larger buffer alive."""
-        newest = self._part(slice(n, None))
-        self.keys, self.values = mx.contiguous(newest.keys), mx.contiguous(newest.values)
-        self.memory = None if newest.memory is None else mx.contiguous(newest.memory)
-
-    def _part(self, span: slice) -> Ring:
-        memory = None if self.memory is None else self.memory[:, :, span]
-        return Ring(self.keys[:, :, span], self.values[:, :, span], memory)
+    def keep(self, index: slice | np.ndarray) -> None:
+        """Keep some tokens; what stays does not keep the larger buffer alive."""
+        where = index if isinstance(index, slice) else mx.array(index)
+        self.keys, self.values = mx.contiguous(self.keys[:, :, where]), mx.contiguous(self.values[:, :, where])
+        self.memory = None if self.memory is None else mx.contiguous(self.memory[:, :, where])
+        self.positions = self.positions[index].copy()

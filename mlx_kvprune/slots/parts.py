@@ -1,0 +1,137 @@
+"""What attention works on: keys and values where they lie, and how softmax statistics travel to them and back.
+
+Two layouts. ``Part``: every head holds ``S`` slots. ``PagedPart``: pages of ``PAGE`` slots, each owned by one head; a page
+is multiplied with its owner's queries, and only statistics (maxima, sums, outputs) are gathered by head. Keys and
+values are never moved.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mlx_kvprune.slots.format import Rows
+
+FEW_QUERIES = 16  # beyond it queries are gathered by index instead of copied to the pages
+
+
+@dataclass(frozen=True)
+class Part:
+    """Slots of heads that hold equally many.
+
+    Attributes:
+        keys: rows with leading axes ``(B, H_kv)``.
+        values: likewise.
+        mask: ``(B, H_kv, 1, S)`` bool, False where a slot is empty; None if none is.
+    """
+
+    keys: Rows
+    values: Rows
+    mask: mx.array | None = None
+
+    def logits(self, queries: mx.array) -> mx.array:
+        """``(B, H_kv, R, D)`` -> ``(B, H_kv, R, S)`` float32."""
+        logits = self.keys.scores(queries).astype(mx.float32)
+        return logits if self.mask is None else mx.where(self.mask, logits, -mx.inf)
+
+    def peak(self, logits: mx.array) -> mx.array:
+        """Largest logit ``(B, H_kv, R, 1)``."""
+        return logits.max(axis=-1, keepdims=True)
+
+    def spread(self, x: mx.array) -> mx.array:
+        """A statistic ``(B, H_kv, R, 1)`` to where it can be subtracted from logits."""
+        return x
+
+    def total(self, weights: mx.array) -> mx.array:
+        """Sum of the weights ``(B, H_kv, R, 1)``."""
+        return weights.sum(axis=-1, keepdims=True)
+
+    def mix(self, weights: mx.array) -> mx.array:
+        """Weights times values ``(B, H_kv, R, D_v)``."""
+        return self.values.mix(weights)
+
+    def by_head(self, weights: mx.array) -> mx.array:
+        """Weights ``(B, H_kv, R, S)``."""
+        return weights
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which head owns which page.
+
+    Attributes:
+        owner: ``(P,)`` uint32, the head ``b * H_kv + h`` of each page.
+        table: ``(B * H_kv, most pages of a head)`` int32, the pages of each head; ``P`` where it has no more.
+        back: ``(P,)`` int32, where a page stands in the flattened table.
+        hot: ``(B * H_kv, P)`` float32, one where the head owns the page.
+        batch: ``B``.
+    """
+
+    owner: mx.array
+    table: mx.array
+    back: mx.array
+    hot: mx.array
+    batch: int
+
+    @property
+    def nbytes(self) -> int:
+        return sum(x.nbytes for x in (self.owner, self.table, self.back, self.hot))
+
+    def gather(self, x: mx.array, fill: float) -> mx.array:
+        """Per page ``(P, ...)`` -> per head ``(B * H_kv, most pages, ...)``, ``fill`` where there is no page."""
+        none = mx.full((1, *x.shape[1:]), fill, x.dtype)
+        return mx.concatenate([x, none])[self.table]
+
+    def heads(self, x: mx.array) -> mx.array:
+        """``(B * H_kv, ...)`` -> ``(B, H_kv, ...)``."""
+        return x.reshape(self.batch, x.shape[0] // self.batch, *x.shape[1:])
+
+
+@dataclass(frozen=True)
+class PagedPart:
+    """Pages of heads that hold differently many slots; the same functions as ``Part``, weights are ``(P, R, PAGE)``.
+
+    Attributes:
+        keys: rows with leading axis ``(P,)``.
+        values: likewise.
+        layout: who owns what.
+        mask: ``(P, 1, PAGE)`` bool, False where a slot is empty; None if none is.
+    """
+
+    keys: Rows
+    values: Rows
+    layout: Layout
+    mask: mx.array | None = None
+
+    def logits(self, queries: mx.array) -> mx.array:
+        flat = queries.reshape(-1, *queries.shape[2:])
+        logits = self._scores(flat).astype(mx.float32)
+        return logits if self.mask is None else mx.where(self.mask, logits, -mx.inf)
+
+    def peak(self, logits: mx.array) -> mx.array:
+        per_head = self.layout.gather(logits.max(axis=-1), -mx.inf).max(axis=1)
+        return self.layout.heads(per_head)[..., None]
+
+    def spread(self, x: mx.array) -> mx.array:
+        return x.reshape(-1, *x.shape[2:])[self.layout.owner]
+
+    def total(self, weights: mx.array) -> mx.array:
+        return self.layout.heads(self.layout.hot @ weights.sum(axis=-1))[..., None]
+
+    def mix(self, weights: mx.array) -> mx.array:
+        products = self.values.mix(weights).astype(mx.float32)  # (P, R, D_v)
+        summed = self.layout.hot @ products.reshape(products.shape[0], -1)
+        return self.layout.heads(summed.reshape(-1, *products.shape[1:]))
+
+    def by_head(self, weights: mx.array) -> mx.array:
+        gathered = self.layout.gather(weights, 0.0)  # (B * H_kv, pages, R, PAGE)
+        gathered = gathered.swapaxes(1, 2)
+        return self.layout.heads(gathered.reshape(*gathered.shape[:2], -1))
+
+    def _scores(self, queries: mx.array) -> mx.array:
+        """``(B * H_kv, R, D)`` -> ``(P, R, PAGE)``."""
+        if queries.shape[1] <= FEW_QUERIES or self.keys.codec.bits is not None:
+            return self.keys.scores(queries[self.layout.owner])
+        pages = mx.arange(self.layout.owner.shape[0], dtype=mx.uint32)
+        return mx.gather_mm(queries, self.keys.parts[0].swapaxes(-1, -2), self.layout.owner, pages)
