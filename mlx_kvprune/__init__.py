@@ -11,6 +11,7 @@ blas.preload()  # must come before the first import of mlx.core; does nothing on
 from mlx_kvprune.attach import attach, detach, make_cache  # noqa: E402
 from mlx_kvprune.cache import PrunedKVCache  # noqa: E402
 from mlx_kvprune.report import CacheReport, report  # noqa: E402
+from mlx_kvprune.session import drop, end_turn, fork, load_cache, rewind, save_cache  # noqa: E402
 from mlx_kvprune.settings import CacheSettings  # noqa: E402
 
 if TYPE_CHECKING:
@@ -24,11 +25,17 @@ __all__ = [
     "__version__",
     "attach",
     "detach",
+    "drop",
+    "end_turn",
+    "fork",
     "known_models",
     "load",
+    "load_cache",
     "make_cache",
     "pull",
     "report",
+    "rewind",
+    "save_cache",
 ]
 
 

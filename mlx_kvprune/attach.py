@@ -78,7 +78,7 @@ def attach(
         ValueError: unknown policy, budget too small, or a model that cannot be bounded.
     """
     wanted = settings_from(policy=policy, budget=budget, **settings)
-    attachment = _hook(model)
+    attachment = hooked(model)
     try:
         slots_for(attachment, wanted)
     except ValueError:
@@ -115,7 +115,7 @@ def make_cache(
 ) -> list[Any]:
     """A list of caches for one conversation, whatever ``model.make_cache()`` gives; arguments as in ``attach``."""
     wanted = settings_from(policy=policy, budget=budget, **settings)
-    _hook(model)
+    hooked(model)
     return make_from_settings(model, wanted)
 
 
@@ -191,7 +191,7 @@ def attachment_of(model: nn.Module) -> Attachment | None:
 # -- what is put in --------------------------------------------------------------------------------------------------
 
 
-def _hook(model: nn.Module) -> Attachment:
+def hooked(model: nn.Module) -> Attachment:
     """Put the subclasses in and bind the names, once per model."""
     if not isinstance(model, nn.Module) or not hasattr(model, "layers"):
         raise ValueError(f"[attach] not a model of mlx-lm; got {type(model).__name__}; try mlx_lm.load(path)[0]")

@@ -192,6 +192,14 @@ class PrunedKVCache:
         """Whether the newest ``n`` tokens can be taken back exactly: since then nothing was evicted or requantized."""
         return n <= self.tokens_seen and not self.scorer.needs and (self.empty() or self.held.can_forget(n))
 
+    def check_rewind(self, n: int, where: str) -> None:
+        """Raise ``ValueError`` unless ``can_rewind(n)``."""
+        if not self.can_rewind(n):
+            raise ValueError(
+                f"[{where}] the newest tokens cannot be taken back exactly with policy {self.settings.policy!r} once it "
+                f"has evicted, quantized or scored; got {n}; try a fresh cache, or one that was forked before"
+            )
+
     def trim(self, n: int) -> int:
         """Forget the newest ``n`` tokens; returns how many were forgotten.
 
@@ -199,11 +207,7 @@ class PrunedKVCache:
             ValueError: it would not be exact.
         """
         n = min(n, self.tokens_seen)
-        if not self.can_rewind(n):
-            raise ValueError(
-                f"[trim] the newest tokens cannot be taken back exactly with policy {self.settings.policy!r} once it has "
-                f"evicted, quantized or scored; got {n}; try a fresh cache, or one that was forked before"
-            )
+        self.check_rewind(n, "trim")
         if n:
             self.held.forget(n)
             self.tokens_seen, self.planned = self.tokens_seen - n, None
@@ -225,34 +229,33 @@ class PrunedKVCache:
             close: later tokens move up, as if the span had never been read; else their positions stay.
 
         Raises:
-            ValueError: keys would have to be turned that are quantized, or no rotary module is at hand.
+            ValueError: keys would have to be turned that are quantized.
         """
-        shift = stop - start if close else 0
-        turn = self._turn_back(shift) if shift and self.settings.positions == "text" else None
+        self.check_drop(close)
         if self.empty():
             return
+        shift = stop - start if close else 0
+        turn = self._turn_back if shift and self.settings.positions == "text" and self.rope is not None else None
         self.held.drop(start, stop, shift, turn)
         self.planned = None
         self.turns = tuple(x if x <= start else max(start, x - shift) for x in self.turns)
         self._rewind_offset()
 
-    def _turn_back(self, shift: int) -> Any:
-        """A function that moves rotated keys ``(B, H_kv, S, D)`` back by ``shift`` positions."""
-        if not all(spec.exact for spec in self.held.specs):
+    def check_drop(self, close: bool) -> None:
+        """Raise ``ValueError`` where closing a gap would turn quantized keys."""
+        if close and self.settings.positions == "text" and not all(spec.exact for spec in self.held.specs):
             raise ValueError(
                 "[drop] closing a gap turns keys, which would add up errors of quantized ones; "
                 f"got {self.settings.key_bits} bits; try close=False, or positions='cache'"
             )
+
+    def _turn_back(self, keys: mx.array, shift: int) -> mx.array:
+        """Move rotated keys ``(B, H_kv, S, D)`` back by ``shift`` positions."""
         rope = self.rope
-        if rope is None:
-            return None
-
-        def turn(keys: mx.array) -> mx.array:
-            rows = keys.reshape(-1, 1, 1, keys.shape[-1])  # each on its own: all turn by the same angle
-            turned = rope(rows, offset=-shift).reshape(keys.shape)
-            return turned / position_scale(rope, keys.shape[-1]).astype(keys.dtype)
-
-        return turn
+        assert rope is not None
+        rows = keys.reshape(-1, 1, 1, keys.shape[-1])  # each on its own: all turn by the same angle
+        turned = rope(mx.array(rows), offset=-shift).reshape(keys.shape)
+        return turned / position_scale(rope, keys.shape[-1]).astype(keys.dtype)
 
     def end_turn(self) -> None:
         """Note that a turn of a conversation ends here: what is held of it keeps a floor from now on."""

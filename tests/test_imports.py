@@ -23,6 +23,7 @@ ORDER = [
     "ladder",
     "rebind",
     "attach",
+    "session",
     "report",
     "progress",
     "fetch",

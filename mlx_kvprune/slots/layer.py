@@ -371,22 +371,22 @@ class LayerSlots:
             if back > 0:
                 _to_ring(pool, back, self.ring)
 
-    def drop(self, start: int, stop: int, shift: int, turn: Callable[[mx.array], mx.array] | None) -> None:
+    def drop(self, start: int, stop: int, shift: int, turn: Callable[[mx.array, int], mx.array] | None) -> None:
         """Forget the positions ``start .. stop - 1``; what is later moves back by ``shift`` positions.
 
         Args:
-            turn: rotates keys ``(B, H_kv, S, D)`` back by ``shift`` positions; None where keys need not be turned.
+            turn: rotates keys ``(B, H_kv, S, D)`` back by a shift; None where keys need not be turned.
         """
         for pool in self.pools:
             if shift and turn and pool.count:
                 later = (pool.heads_positions() >= stop)[..., None]
                 keys = pool.heads_rows("keys")
-                pool.replace_keys(mx.where(later, turn(keys), keys))
+                pool.replace_keys(mx.where(later, turn(keys, shift), keys))
             pool.vacate(start, stop, shift)
         ring = self.ring
         if shift and turn and ring.count:
             later = mx.array(ring.positions >= stop)[None, None, :, None]
-            ring.keys = mx.where(later, turn(ring.keys), ring.keys)
+            ring.keys = mx.where(later, turn(ring.keys, shift), ring.keys)
         ring.keep(np.flatnonzero((ring.positions < start) | (ring.positions >= stop)))
         ring.positions = np.where(ring.positions >= stop, ring.positions - shift, ring.positions).astype(np.int32)
         self.written -= shift
