@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mlx_kvprune.settings import PAGE, CacheSettings
+from mlx_kvprune.settings import CacheSettings
 from mlx_kvprune.storage import LayerShape, layer_nbytes
 
 STEEPNESS = 20  # PyramidKV's beta: the last layer's pool is 1/20 of the mean
@@ -69,17 +69,17 @@ def pyramid(mean: int, n_layers: int, settings: CacheSettings) -> list[int]:
     """Slots per KV head that fall linearly with depth, ``mean`` on average."""
     if n_layers == 1:
         return [mean]
-    pool = mean - settings.ring_size
+    fixed = settings.ring_size + settings.n_sink
+    pool = mean - fixed
     least = min(pool, max(settings.smallest_pool, pool // STEEPNESS))
     falling = np.linspace(2 * pool - least, least, n_layers)
     ends = np.floor(np.cumsum(falling) + 1e-6).astype(int)  # whole numbers with the same sum
-    return [int(x) + settings.ring_size for x in np.diff(ends, prepend=0)]
+    return [int(x) + fixed for x in np.diff(ends, prepend=0)]
 
 
 def floor_pages(pages: int, heads: int, settings: CacheSettings) -> int:
     """Pages that every head keeps, of ``pages`` for ``heads``: the safeguard."""
-    least = -(-(settings.n_sink + 1) // PAGE)
-    return max(least, int(settings.head_floor * pages / heads))
+    return int(settings.head_floor * pages / heads)
 
 
 def share_pages(ranked: Sequence[np.ndarray], pages: int, floor: int, units: int) -> np.ndarray:

@@ -83,7 +83,8 @@ class PrunedKVCache:
         self.frame = 0 if slots is None else slots * (MOST_HEADS if self.settings.ragged else 1)
         block, ranked = self.settings.block or 0, self.settings.positions == "cache"
         specs = pool_specs(self.settings, slots)
-        self.held = LayerSlots(self.settings.ring_size, block, specs, self.scorer.memory, ranked)
+        n_sink = self.settings.n_sink
+        self.held = LayerSlots(self.settings.ring_size, block, n_sink, specs, self.scorer.memory, ranked)
         self.signals: State = {}
         self.scale = 1.0
         self.n_heads: int | None = None  # query heads, once they were seen
@@ -369,22 +370,20 @@ class PrunedKVCache:
 
         A pool that is read and written in one graph is copied. Chosen and evaluated ahead, only the write is left.
         """
-        positions = self.held.positions()
+        n = n or self.held.block
+        positions = self.held.competing(n)
         scores = self.scorer.score(self.everything(), self.signals).astype(mx.float32)
         scores = mx.where(positions < 0, -mx.inf, scores)
-        scores = mx.where((positions >= 0) & (positions < self.settings.n_sink), mx.inf, scores)
         if floor := self.turn_slots():
-            starts = (0, *self.turns)
-            scores = mx.where(
-                best_of_spans(order_key(scores, positions), positions, starts, floor) & (positions >= 0), mx.inf, scores
-            )
-        return self.held.contest(n or self.held.block, scores)
+            safe = best_of_spans(order_key(scores, positions), positions, (0, *self.turns), floor)
+            scores = mx.where(safe & (positions >= 0), mx.inf, scores)
+        return self.held.contest(n, scores)
 
     def turn_slots(self) -> int:
         """Slots per KV head that each finished turn keeps."""
         if not self.turns or self.slots is None:
             return 0
-        pool = self.slots - self.settings.ring_size
+        pool = self.slots - self.settings.ring_size - self.settings.n_sink
         return int(self.settings.turn_floor * pool) // len(self.turns)
 
     def share(self, contest: Contest) -> Any:
@@ -459,11 +458,7 @@ class PrunedKVCache:
         newest = self.offset - 1 if newest is None else newest
         keys, cache_positions = self.held.rows("keys"), self.settings.positions == "cache"
         if cache_positions:
-            first = newest + 1 - keys.shape[2]
-            pools = self.held.pool_ranks()
-            ring = mx.arange(pools.shape[2], keys.shape[2], dtype=mx.int32)
-            ring = mx.broadcast_to(ring, (*keys.shape[:2], ring.shape[0]))
-            keys = self._turning(newest)(keys, first + mx.concatenate([pools, ring], axis=2))
+            keys = self._turning(newest)(keys, self.held.at(newest))
         return Held(
             keys=keys,
             values=self.held.rows("values"),

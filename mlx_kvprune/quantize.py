@@ -17,6 +17,10 @@ PAGE = 32
 BITS = (8, 6, 5, 4, 3, 2)
 GROUP_SIZES = (32, 64, 128)
 SCHEMES = ("token", "channel", "page")
+FITTED = (3, 2)  # bits for which levels are fitted by least squares: from 4 on there is little to gain
+FITS = 2
+LEAST_SCALE = 0.1  # a channel that stood still while a frame was calibrated may move later
+TINY = 1e-20
 HALF_MAX = 65504.0  # the largest float16
 
 Parts = tuple[mx.array, ...]
@@ -41,6 +45,7 @@ class Codec:
 
     ``token``: each row in groups along D, every row on its own: a slot may be overwritten at any time.
     ``channel``: the same after a frame that is calibrated once per head and channel; for keys, whose channels differ.
+    It pays only where the first tokens of a text are kept elsewhere, exact: a frame of ordinary keys does not fit theirs.
     ``page``: each channel in groups of 32 tokens (KIVI, arXiv 2402.02750), written once per page; for keys.
 
     Rows go through the frame first, then through the Hadamard matrix, then are padded to whole groups and quantized.
@@ -209,7 +214,7 @@ class Codec:
         packed, scales, biases = parts
         if self._paged:
             lead = packed.shape[:-1]
-            packed = packed.reshape(*lead, self.width, PAGE * self.bits // 32)
+            packed = packed.reshape(*lead, self.width, packed.shape[-1] // self.width)
             scales, biases = scales[..., None], biases[..., None]
         return packed, scales.astype(dtype), biases.astype(dtype)
 
@@ -220,15 +225,36 @@ class Codec:
 def quantize(groups: mx.array, bits: int) -> Parts:
     """Codes for groups ``(..., g)``: uint32 of the same shape, and scales and biases ``(...)`` float16.
 
-    Scale and bias are rounded to float16 first and the codes fit to what is stored, so that rounding them costs
-    nothing but at the ends of the range.
+    Levels reach from the least to the greatest value, so that nothing is off by more than half a step. With 3 and 2
+    bits that wastes levels on rare values: there the line ``code -> value`` is fitted by least squares and the codes
+    chosen anew, in turns; neither raises the squared error. Scale and bias are rounded to float16 first and the codes
+    made for what is stored, so that rounding them costs nothing but at the ends of the range.
     """
     levels = (1 << bits) - 1
-    low, high = groups.min(axis=-1), groups.max(axis=-1)
-    scales, biases = _half((high - low) / levels), _half(low)
-    steps = mx.where(scales > 0, scales.astype(mx.float32), 1.0)[..., None]  # all alike: any step will do
-    codes = mx.round((groups - biases.astype(mx.float32)[..., None]) / steps)
-    return mx.clip(codes, 0, levels).astype(mx.uint32), scales, biases
+    groups = mx.clip(groups, -HALF_MAX, HALF_MAX)
+    biases = groups.min(axis=-1)
+    scales = (groups.max(axis=-1) - biases) / levels
+    for _ in range(FITS if bits in FITTED else 0):
+        scales, biases = _line(groups, _codes(groups, scales, biases, levels), scales)
+    scales, biases = _half(scales), _half(biases)
+    codes = _codes(groups, scales.astype(mx.float32), biases.astype(mx.float32), levels)
+    return codes.astype(mx.uint32), scales, biases
+
+
+def _codes(groups: mx.array, scales: mx.array, biases: mx.array, levels: int) -> mx.array:
+    """The nearest levels, in float32."""
+    steps = mx.where(scales > 0, scales, 1.0)[..., None]  # all alike: any step will do
+    return mx.clip(mx.round((groups - biases[..., None]) / steps), 0, levels)
+
+
+def _line(groups: mx.array, codes: mx.array, scales: mx.array) -> tuple[mx.array, mx.array]:
+    """Scale and bias of the least squared error for these codes; groups of one code keep their scale."""
+    code, value = codes.mean(axis=-1), groups.mean(axis=-1)
+    off = codes - code[..., None]
+    spread = (off * off).sum(axis=-1)
+    slope = (off * (groups - value[..., None])).sum(axis=-1) / mx.where(spread > 0, spread, 1.0)
+    scales = mx.where(spread > 0, slope, scales)
+    return scales, value - scales * code
 
 
 def pack(codes: mx.array, bits: int) -> mx.array:
@@ -243,11 +269,24 @@ def pack(codes: mx.array, bits: int) -> mx.array:
 
 
 def frame_of(rows: mx.array, valid: mx.array | None = None) -> Frame:
-    """Frame of rows ``(..., n, D)``."""
+    """Frame of rows ``(..., n, D)``: medians, and the fourth roots of mean absolute deviations.
+
+    The fourth root: a channel's error is ``scale`` times the row's, and attention weighs it by the queries' channel,
+    which is large where the keys' is. The whole deviation as the scale was worse than none. Medians and absolute
+    deviations, so that the odd keys of a text's first tokens do not set the frame.
+
+    Args:
+        valid: ``(..., n)`` bool; False for rows that do not count. Of a head without any, the frame changes nothing.
+    """
     rows = rows.astype(mx.float32)
-    offset = rows.mean(axis=-2, keepdims=True)
-    scale = mx.sqrt(((rows - offset) ** 2).mean(axis=-2, keepdims=True))
-    return Frame(offset, mx.maximum(scale, 1e-3))
+    valid = mx.ones(rows.shape[:-1], mx.bool_) if valid is None else mx.broadcast_to(valid, rows.shape[:-1])
+    count = valid.sum(axis=-1)[..., None, None]
+    ranked = mx.sort(mx.where(valid[..., None], rows, mx.inf), axis=-2)
+    middle = mx.broadcast_to(mx.maximum(count - 1, 0) // 2, (*rows.shape[:-2], 1, rows.shape[-1]))
+    offset = mx.where(count > 0, mx.take_along_axis(ranked, middle, axis=-2), 0.0)
+    away = mx.where(valid[..., None], mx.abs(rows - offset), 0.0).sum(axis=-2, keepdims=True) / mx.maximum(count, 1)
+    scale = mx.sqrt(mx.sqrt(away / mx.maximum(away.mean(axis=-1, keepdims=True), TINY)))
+    return Frame(offset, mx.where(away.max(axis=-1, keepdims=True) > TINY, mx.maximum(scale, LEAST_SCALE), 1.0))
 
 
 def _rotate(rows: mx.array) -> mx.array:

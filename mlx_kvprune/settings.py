@@ -155,15 +155,12 @@ class CacheSettings:
     @property
     def smallest_budget(self) -> int:
         """The smallest budget in tokens per KV head that has room for sinks, window, ring and one pool slot."""
-        return self.ring_size + self.smallest_pool
+        return self.ring_size + self.n_sink + self.smallest_pool
 
     @property
     def smallest_pool(self) -> int:
-        """The fewest slots that the pool must have: whole pages where slots come in pages."""
-        least = self.n_sink + 1
-        if self.ragged or self.paged:
-            least = -(-least // PAGE) * PAGE
-        return least + self.kv_fine_tokens
+        """The fewest slots that the pool must have: a page where slots come in pages."""
+        return (PAGE if self.ragged or self.paged else 1) + self.kv_fine_tokens
 
     def check_tokens(self, tokens: int) -> int:
         """Return ``tokens`` if sinks, window and ring fit into it.
@@ -173,7 +170,7 @@ class CacheSettings:
         """
         if tokens < self.smallest_budget:
             parts = f"{self.n_sink} sinks + a ring of {self.ring_size} (window {self.window or DEFAULT_WINDOW}, "
-            parts += f"block {self.block or DEFAULT_BLOCK}) + {self.smallest_pool - self.n_sink}"
+            parts += f"block {self.block or DEFAULT_BLOCK}) + {self.smallest_pool}"
             raise ValueError(
                 f"[budget] too small for {parts}; got {tokens} tokens per KV head; try {self.smallest_budget} or more, "
                 "or a smaller --window, or fewer --sinks"

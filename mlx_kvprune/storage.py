@@ -37,8 +37,8 @@ class LayerShape:
 
 
 def pool_specs(settings: CacheSettings, slots: int | None) -> tuple[PoolSpec, ...]:
-    """The pools of a layer that holds ``slots`` per KV head with its ring; None for no bound."""
-    limit = UNBOUNDED if slots is None else slots - settings.ring_size
+    """The pools of a layer that holds ``slots`` per KV head with its ring and sinks; None for no bound."""
+    limit = UNBOUNDED if slots is None else slots - settings.ring_size - settings.n_sink
     fine = settings.kv_fine_tokens
     keys, values = key_codec(settings, settings.key_bits), value_codec(settings, settings.value_bits)
     coarse = PoolSpec(limit - fine, keys, values, settings.ragged)
@@ -53,27 +53,26 @@ def key_codec(settings: CacheSettings, bits: int | None) -> dict[str, Any]:
     if bits is None:
         return {}
     scheme = settings.kv_scheme if settings.kv_scheme != "auto" else AUTO_SCHEME
-    return {"bits": bits, "group_size": settings.kv_group_size, "scheme": scheme, "hadamard": _hadamard(settings, bits)}
+    return {"bits": bits, "group_size": settings.kv_group_size, "scheme": scheme, "hadamard": _hadamard(settings)}
 
 
 def value_codec(settings: CacheSettings, bits: int | None) -> dict[str, Any]:
     """Arguments of the values' codec."""
     if bits is None:
         return {}
-    return {"bits": bits, "group_size": settings.kv_group_size, "hadamard": _hadamard(settings, bits)}
+    return {"bits": bits, "group_size": settings.kv_group_size, "hadamard": _hadamard(settings)}
 
 
-AUTO_SCHEME = "channel"
-AUTO_HADAMARD = (2, 3)  # bits
+def _hadamard(settings: CacheSettings) -> bool:
+    return AUTO_HADAMARD if settings.kv_hadamard is None else settings.kv_hadamard
 
 
-def _hadamard(settings: CacheSettings, bits: int) -> bool:
-    return bits in AUTO_HADAMARD if settings.kv_hadamard is None else settings.kv_hadamard
+AUTO_SCHEME, AUTO_HADAMARD = "token", True  # docs/quantization.md has the table that says so
 
 
 def layer_nbytes(shape: LayerShape, settings: CacheSettings, tokens: int, memory: bool, state: int) -> int:
     """Bytes that one layer holds at most with ``tokens`` slots per KV head: ring, pools, tables, memory, state."""
-    heads, ring = shape.n_kv_heads, settings.ring_size
+    heads, ring = shape.n_kv_heads, settings.ring_size + settings.n_sink
     total = heads * ring * (shape.row_nbytes + 4 * memory) + 4 * ring + state
     for spec in pool_specs(settings, max(tokens, ring)):
         total += heads * max(0, spec.limit) * slot_nbytes(shape, spec, memory, settings.positions == "cache")

@@ -2,7 +2,7 @@
 
 Slow on purpose, and nothing in here comes from the package. A token enters the ring; when the ring holds ``window +
 block`` tokens and the next one comes, its oldest ``block`` tokens move out; per KV head the pool keeps the best
-``slots - ring`` of what it has and what moves out, by (sink, score, newer position). Each score is computed anew from
+``slots - ring - sinks`` of what it has and what moves out, by (score, newer position). Sinks stand aside. Each score is computed anew from
 everything the layer was ever given, by the definition of the paper or repository named beside it.
 """
 
@@ -66,6 +66,7 @@ class Sequence:
     def __init__(self, score: Score, slots: int, window: int, block: int, n_sink: int, scale: float):
         self.score, self.slots, self.window, self.block = score, slots, window, block
         self.past = Past(scale, n_sink)
+        self.sinks: list[int] = []
         self.ring: list[int] = []
         self.pools: list[list[int]] = []
         self.smallest_gap = np.inf  # between the worst token ever kept and the best one dropped beside it
@@ -77,7 +78,7 @@ class Sequence:
         for t in range(keys.shape[1]):
             if len(self.ring) == self.window + self.block:
                 self.move_oldest()
-            self.ring.append(self.past.now)
+            (self.sinks if self.past.now < self.past.n_sink else self.ring).append(self.past.now)
             self.past.queries.append(queries[:, t])
             self.past.keys.append(keys[:, t])
             self.past.values.append(values[:, t])
@@ -85,7 +86,7 @@ class Sequence:
         return np.stack(outs, axis=1)
 
     def held(self, head: int) -> list[int]:
-        return self.pools[head] + self.ring
+        return self.sinks + self.pools[head] + self.ring
 
     def attend(self) -> np.ndarray:
         """Plain softmax attention of the newest token over what each head holds ``(H_q, D_v)``."""
@@ -101,7 +102,7 @@ class Sequence:
 
     def move_oldest(self) -> None:
         """The oldest tokens of the ring leave it; each head's pool keeps the best."""
-        leaving, room = self.ring[: self.block], self.slots - self.window - self.block
+        leaving, room = self.ring[: self.block], self.slots - self.window - self.block - self.past.n_sink
         for head, pool in enumerate(self.pools):
             candidates = pool + leaving
             if len(candidates) > room:
@@ -112,7 +113,7 @@ class Sequence:
     def best(self, head: int, candidates: list[int], room: int) -> list[int]:
         held = self.held(head)
         scores = dict(zip(held, self.score(self.past, head, held), strict=True))
-        rank = lambda p: (p < self.past.n_sink, scores[p], p)
+        rank = lambda p: (scores[p], p)
         ranked = sorted(candidates, key=rank, reverse=True)
         self.smallest_gap = min(self.smallest_gap, abs(scores[ranked[room - 1]] - scores[ranked[room]]))
         return ranked[:room]

@@ -11,6 +11,10 @@ from mlx_kvprune.quantize import Codec, Frame
 
 RowDict = dict[str, mx.array]
 
+# Rows up to which a product with packed rows beats unpacking them for a matrix product. On the CPU ``quantized_matmul``
+# takes 65 us per row and 416 slots where the packed matrix is transposed; unpacking them takes 170 us once (LOG.md).
+KEYS_AT_ONCE, VALUES_AT_ONCE, GPU_AT_ONCE = 2, 6, 8
+
 
 @dataclass(frozen=True)
 class Rows:
@@ -28,11 +32,21 @@ class Rows:
 
     def scores(self, queries: mx.array) -> mx.array:
         """``queries (..., R, D)`` times the keys, ``(..., R, n)``."""
-        return self.codec.scores(queries, self.parts, self.frame)
+        if self._few(queries, KEYS_AT_ONCE):
+            return self.codec.scores(queries, self.parts, self.frame)
+        return queries @ self.decoded(queries.dtype).swapaxes(-1, -2)
 
     def mix(self, weights: mx.array) -> mx.array:
         """``weights (..., R, n)`` times the values, ``(..., R, D)``."""
-        return self.codec.mix(weights, self.parts, self.frame)
+        if self._few(weights, VALUES_AT_ONCE):
+            return self.codec.mix(weights, self.parts, self.frame)
+        return weights @ self.decoded(weights.dtype)
+
+    def _few(self, rows: mx.array, most: int) -> bool:
+        """Whether rows are few enough to be multiplied with packed rows; many want them unpacked once."""
+        on_gpu = mx.default_device().type == mx.DeviceType.gpu
+        paged = self.codec.scheme == "page"  # stored the way in which the product is quick
+        return self.codec.bits is None or rows.shape[-2] <= (GPU_AT_ONCE if on_gpu or paged else most)
 
     def decoded(self, dtype: mx.Dtype) -> mx.array:
         """``(..., n, D)``."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -91,18 +90,28 @@ class Contest:
 class LayerSlots:
     """Everything that one layer holds. Tokens are written to the ring and move on ``block`` at a time.
 
+    Sinks never leave the ring: they are few, and their keys and values are the ones that bear rounding least.
     Pools stand in a row: what the first does not keep competes for the second, and so on; only the last may be ragged.
 
     Args:
         ring_size: tokens that the ring holds when full.
         block: tokens that leave it at a time.
+        n_sink: first tokens of the text, which stay in the ring beside those.
         pools: one, or two of different precision.
         memory: whether a number is remembered with each slot.
         ranked: whether the rank of each slot by position is kept (for positions in the cache).
     """
 
-    def __init__(self, ring_size: int, block: int, pools: tuple[PoolSpec, ...], memory: bool, ranked: bool = False):
-        self.ring_size, self.block, self.specs = ring_size, block, pools
+    def __init__(
+        self,
+        ring_size: int,
+        block: int,
+        n_sink: int,
+        pools: tuple[PoolSpec, ...],
+        memory: bool,
+        ranked: bool = False,
+    ):
+        self.ring_size, self.block, self.n_sink, self.specs = ring_size, block, n_sink, pools
         self.with_memory, self.ranked = memory, ranked
         self.written = 0  # position of the next token
         self.final = 0  # what was written before this cannot be taken back
@@ -150,9 +159,13 @@ class LayerSlots:
         """Bytes of ring and pools, everything counted."""
         return 0 if self.empty() else sum(x.nbytes for x in (self.ring, *self.pools, *self.ranks))
 
+    def pinned(self) -> int:
+        """Sinks that the ring holds, before all others."""
+        return int((self.ring.positions < self.n_sink).sum())
+
     def spare(self) -> int:
         """Tokens that the ring takes before it is full."""
-        return self.ring_size - (0 if self.empty() else self.ring.count)
+        return self.ring_size - (0 if self.empty() else self.ring.count - self.pinned())
 
     def free(self) -> int:
         """Whole blocks of tokens that the first pool takes before tokens must compete."""
@@ -184,7 +197,7 @@ class LayerSlots:
         if self.empty():
             nothing = mx.zeros((*keys.shape[:2], 0)) if self.with_memory else None
             self._ring = Ring(keys[:, :, :0], values[:, :, :0], nothing, np.zeros(0, np.int32))
-            self.pools = [spec.make(self._ring.oldest(0)) for spec in self.specs]
+            self.pools = [spec.make(self.ring.span(0, 0)) for spec in self.specs]
         self.ring.append(keys, values, memory, self.written)
         self.written += keys.shape[2]
 
@@ -195,12 +208,13 @@ class LayerSlots:
     def fill(self, n: int) -> None:
         """Move the oldest ``n`` tokens of the ring into empty slots of the first pool, which has them."""
         self._calibrate()
-        self.pools[0].fill(self.ring.oldest(n))
+        self.pools[0].fill(self._leaving(n))
         self._left(n)
 
     def _calibrate(self) -> None:
-        """Set what is fixed once per pool, from the first tokens of the text."""
-        first = self.ring.keys[:, :, : self.ring_size]
+        """Set what is fixed once per pool, from the first tokens of the text after the sinks."""
+        start = self.pinned()
+        first = self.ring.keys[:, :, start : start + self.ring_size]
         for pool in self.pools:
             if not self.pool_count():
                 pool.format = pool.format.calibrated(first)
@@ -212,7 +226,7 @@ class LayerSlots:
         """
         self._calibrate()
         steps, start = [], 0
-        tokens, new_scores = self.ring.oldest(n), scores[:, :, self._pool_width() :][:, :, :n]
+        tokens, new_scores = self._leaving(n), scores[:, :, self._pool_width() + self.pinned() :][:, :, :n]
         for i, pool in enumerate(self.pools):
             if pool.free >= n:
                 return Contest(n, (*steps, Step(i, fill=tokens)))
@@ -247,8 +261,14 @@ class LayerSlots:
                 self.final = self.written
         self._left(contest.n)
 
+    def _leaving(self, n: int) -> Tokens:
+        """The ``n`` tokens that leave the ring first."""
+        return self.ring.span(self.pinned(), self.pinned() + n)
+
     def _left(self, n: int) -> None:
-        self.ring.keep(slice(n, None))
+        start = self.pinned()
+        stay = np.arange(self.ring.count)
+        self.ring.keep(stay[(stay < start) | (stay >= start + n)] if start else slice(n, None))
         if not all(spec.exact for spec in self.specs):
             self.final = self.written
         self._rank()
@@ -281,9 +301,24 @@ class LayerSlots:
         if turn is None:
             pools = [pool.part() for pool in self.pools if pool.count]
             return (*pools, Part(plain(ring.keys), plain(ring.values)))
-        first = newest + 1 - ring.count
-        keys = turn(ring.keys, mx.arange(first, newest + 1, dtype=mx.int32))
-        return (*self._turned(turn, first), Part(plain(keys), plain(ring.values)))
+        keys = turn(ring.keys, self.ring_at(newest))
+        return (*self._turned(turn, self._first(newest)), Part(plain(keys), plain(ring.values)))
+
+    def ring_at(self, newest: int) -> mx.array:
+        """Positions in the cache of the ring's tokens ``(count,)``: sinks before the pools, the others after them."""
+        first, pinned = self._first(newest), self.pinned()
+        sinks = np.arange(pinned) + first - self._pool_width() - pinned
+        return mx.array(np.concatenate([sinks, np.arange(first, newest + 1)]).astype(np.int32))
+
+    def at(self, newest: int) -> mx.array:
+        """Positions in the cache of everything held ``(B, H_kv, S)`` int32: pools first, then ring."""
+        pools = self._first(newest) - self._pool_width() + self.pool_ranks()
+        ring = mx.broadcast_to(self.ring_at(newest), self.ring.keys.shape[:3])
+        return mx.concatenate([pools, ring], axis=2)
+
+    def _first(self, newest: int) -> int:
+        """Position in the cache of the first token after the pools'."""
+        return newest + 1 - (self.ring.count - self.pinned())
 
     def _turned(self, turn: Turn, first: int) -> list[AnyPart]:
         """The pools' parts, keys turned to where they stand before the ring, whose oldest stands at ``first``."""
@@ -302,6 +337,13 @@ class LayerSlots:
     def positions(self) -> mx.array:
         """Token index of everything held ``(B, H_kv, S)`` int32, negative where there is none: pools first, then ring."""
         return self._joined([pool.heads_positions() for pool in self.pools], self.ring.heads_positions())
+
+    def competing(self, n: int) -> mx.array:
+        """``positions``, negative also for what stays in the ring when the oldest ``n`` leave it."""
+        ring = self.ring.heads_positions()
+        index = mx.arange(self.ring.count)
+        leaves = (index >= self.pinned()) & (index < self.pinned() + n)
+        return self._joined([pool.heads_positions() for pool in self.pools], mx.where(leaves, ring, -1))
 
     def rows(self, name: str) -> mx.array:
         """``keys`` or ``values`` of everything held ``(B, H_kv, S, D)``, in the same order."""
@@ -358,8 +400,8 @@ class LayerSlots:
     def forget(self, n: int) -> None:
         """Take back the newest ``n`` tokens, which can be (``can_forget``)."""
         keep = self.written - n
-        if n > self.ring.count or (not self.final and self.pool_count()):
-            self._refill_ring(-(-max(0, keep - self.ring_size) // self.block) * self.block)
+        if not self.final:
+            self._refill_ring(-(-max(0, keep - self.n_sink - self.ring_size) // self.block) * self.block)
         self.ring.keep(slice(0, self.ring.count - (self.written - keep)))
         self.written = keep
         self._rank()
@@ -369,7 +411,8 @@ class LayerSlots:
         for pool in reversed(self.pools):
             back = min(pool.count, self.pool_count() - count)
             if back > 0:
-                _to_ring(pool, back, self.ring)
+                self.ring.insert(self.pinned(), _newest(pool, back))
+                pool.truncate(back)
 
     def drop(self, start: int, stop: int, shift: int, turn: Callable[[mx.array, int], mx.array] | None) -> None:
         """Forget the positions ``start .. stop - 1``; what is later moves back by ``shift`` positions.
@@ -419,26 +462,17 @@ class LayerSlots:
         own = {name: mx.array(x) for name, x in arrays.items()}
         positions = np.array(own["ring.positions"])
         self._ring = Ring(own["ring.keys"], own["ring.values"], own.get("ring.memory"), positions)
-        self.pools = [spec.make(self.ring.oldest(0)) for spec in self.specs]
+        self.pools = [spec.make(self.ring.span(0, 0)) for spec in self.specs]
         for i, (pool, more) in enumerate(zip(self.pools, numbers["pools"], strict=True)):
             prefix = f"pool{i}."
             pool.restore({k.removeprefix(prefix): x for k, x in own.items() if k.startswith(prefix)}, more)
         self._rank()
 
 
-def _to_ring(pool: AnyPool, n: int, ring: Ring) -> None:
-    """Move the newest ``n`` tokens of a pool, the same for every head, in front of the ring."""
+def _newest(pool: AnyPool, n: int) -> Tokens:
+    """The newest ``n`` tokens of a pool, the same for every head, oldest first."""
     order = mx.argsort(pool.heads_positions(), axis=-1)[..., -n:]
-    newest = functools.partial(_taken, order)
-    ring.keys = mx.concatenate([newest(pool.heads_rows("keys")), ring.keys], axis=2)
-    ring.values = mx.concatenate([newest(pool.heads_rows("values")), ring.values], axis=2)
+    take = lambda x: mx.take_along_axis(x, order[..., None] if x.ndim == 4 else order, axis=2)
     memory = pool.heads_memory()
-    if memory is not None and ring.memory is not None:
-        ring.memory = mx.concatenate([newest(memory), ring.memory], axis=2)
-    positions = np.array(newest(pool.heads_positions()))[0, 0]
-    ring.positions = np.concatenate([positions, ring.positions])
-    pool.truncate(n)
-
-
-def _taken(order: mx.array, x: mx.array) -> mx.array:
-    return mx.take_along_axis(x, order[..., None] if x.ndim == 4 else order, axis=2)
+    rows = (take(pool.heads_rows(name)) for name in ("keys", "values"))
+    return Tokens(*rows, None if memory is None else take(memory), take(pool.heads_positions()))

@@ -1,4 +1,4 @@
-"""The hot ring: the newest tokens of one layer, dense over heads, in the model's own type."""
+"""The hot ring: the newest tokens of one layer and its sinks, dense over heads, in the model's own type."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Tokens:
 
 @dataclass
 class Ring:
-    """The newest ``count`` tokens in the order of their positions.
+    """The sinks and the newest tokens, ``count`` in all, in the order of their positions.
 
     It is small (``window + block`` tokens), so that every forward call may copy it: an array that a lazy graph still
     reads is never written, and the big pool beside it is only read.
@@ -74,11 +74,19 @@ class Ring:
         """Positions for every head ``(B, H_kv, count)`` int32."""
         return mx.broadcast_to(mx.array(self.positions), self.keys.shape[:3])
 
-    def oldest(self, n: int) -> Tokens:
-        """The oldest ``n`` tokens, which stay."""
-        old = slice(0, n)
+    def span(self, start: int, stop: int) -> Tokens:
+        """Some of the tokens, which stay."""
+        old = slice(start, stop)
         memory = None if self.memory is None else self.memory[:, :, old]
         return Tokens(self.keys[:, :, old], self.values[:, :, old], memory, self.heads_positions()[:, :, old])
+
+    def insert(self, at: int, tokens: Tokens) -> None:
+        """Put tokens, which stand at the same positions in every head, between others."""
+        join = lambda x, new: mx.concatenate([x[:, :, :at], new, x[:, :, at:]], axis=2)
+        self.keys, self.values = join(self.keys, tokens.keys), join(self.values, tokens.values)
+        if self.memory is not None and tokens.memory is not None:
+            self.memory = join(self.memory, tokens.memory)
+        self.positions = np.insert(self.positions, at, np.array(tokens.positions)[0, 0])
 
     def keep(self, index: slice | np.ndarray) -> None:
         """Keep some tokens; what stays does not keep the larger buffer alive."""
