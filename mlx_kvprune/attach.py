@@ -141,6 +141,7 @@ def make_from_settings(model: nn.Module, settings: CacheSettings) -> list[Any]:
     def make(layer: int) -> PrunedKVCache:
         cache = PrunedKVCache(settings, None if slots is None else slots[layer], layer, dense)
         cache.frame = 0 if slots is None else max(slots) * _most_times(settings, most_heads, len(slots))
+        cache.alone = attachment.rung.unbatched
         cache.rope, cache.model_id = find_rope(attachment.rung.layers[layer].attention), identity
         return cache
 
@@ -313,10 +314,27 @@ def _replaced(model: nn.Module, fn: Callable[[int], Any]) -> list[Any]:
 
     def swap(cache: Any) -> Any:
         if type(cache) is CacheList:
-            return CacheList(*(swap(c) for c in cache.caches))
+            return _list_of([swap(c) for c in cache.caches])
         return fn(next(count)) if type(cache) is KVCache else cache
 
     return [swap(c) for c in _stock_caches(model)]
+
+
+def _list_of(caches: list[Any]) -> Any:
+    """mlx-lm's ``CacheList``; it says that it can be batched whatever it holds, so that one that cannot has to be told."""
+    from mlx_lm.models.cache import CacheList
+
+    return (CacheList if all(hasattr(c, "merge") for c in caches) else _unbatched(CacheList))(*caches)
+
+
+@functools.cache
+def _unbatched(parent: type) -> type:
+    """A subclass of the same name, for saved caches are found by it, in which ``hasattr`` finds no ``merge``."""
+
+    def merge(self: Any) -> Any:
+        raise AttributeError("[batch] not all of these caches can be batched; got merge; try one request at a time")
+
+    return type(parent.__name__, (parent,), {"merge": property(merge), "__module__": parent.__module__})
 
 
 def _type_of(model: nn.Module) -> str:

@@ -111,6 +111,14 @@ def attend_ops(
     return Attended(out, tuple(w.reshape(batch, kv_heads, gqa_factor, n_new, -1) for w in by_head))
 
 
+def among_new(mask: Mask, span: slice, total: int) -> Mask:
+    """The part of a mask over ``total`` new tokens that concerns a span of them."""
+    if not isinstance(mask, mx.array):
+        return mask
+    newest = mask[..., -total:]
+    return newest[..., span, span] if newest.shape[-2] == total else newest[..., span]
+
+
 def _masked(logits: mx.array, mask: Mask) -> mx.array:
     """Hide what the new queries may not see in the part that ends with the new tokens ``(B, H_kv, G, L, S)``."""
     n_new, slots = logits.shape[-2:]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_kvprune.allocators import floor_pages, share_pages
-from mlx_kvprune.attend import Attended, Mask, View, attend, backend
+from mlx_kvprune.attend import Attended, Mask, View, among_new, attend, backend
+from mlx_kvprune.batch import BatchPrunedKVCache
 from mlx_kvprune.policy import policy_for
 from mlx_kvprune.rope import Rope, Shared, position_scale, rotate, unrotate
 from mlx_kvprune.scorers import Held, Scorer, Seen
@@ -94,6 +95,7 @@ class PrunedKVCache:
         self.heard: mx.array | None = None  # the question's attention to what is held, after a probe
         self.fetched: tuple[Any, Any] | None = None  # what update_and_fetch returned, while the forward pass runs
         self.nbytes_peak = 0
+        self.alone = ""  # why the model cannot be batched, if it cannot
         self.model_id = ""  # says whose keys these are
         self._rope: Shared | None = None
 
@@ -306,6 +308,25 @@ class PrunedKVCache:
         cache.state = state
         return cache
 
+    @property
+    def merge(self) -> Callable[[list[PrunedKVCache]], BatchPrunedKVCache]:
+        """Joins caches of one sequence each to a batch; not there where ``unbatched`` has a reason.
+
+        mlx-lm asks ``hasattr(cache, "merge")``: its server then serves one request after the other.
+        """
+        if reason := self.unbatched():
+            raise AttributeError(f"[batch] {reason}, so that it is not batched; try one request at a time")
+        return BatchPrunedKVCache.merge
+
+    def unbatched(self) -> str:
+        """Why this cache cannot be batched; empty if it can."""
+        if self.dense:
+            return "the model does its own attention"
+        if self.settings.allocator == "global":
+            return "allocator 'global' needs all layers at once"
+        needs = " and ".join(sorted(self.scorer.needs & {"logits", "question"}))
+        return f"policy {self.settings.policy!r} needs the {needs}" if needs else self.alone
+
     # -- attention ---------------------------------------------------------------------------------------------------
 
     def attend(
@@ -322,7 +343,7 @@ class PrunedKVCache:
         first, total, outs = not handle.blocks, queries.shape[2], []
         for span, view in self._write_blocks(handle) if first else handle.blocks:
             new, weights = queries[:, :, span], first and self._wants_weights
-            among = _among_new(mask, span, total)
+            among = among_new(mask, span, total)
             seen = attend(new, view, scale=scale, mask=among, sinks=sinks, want_weights=weights)
             outs.append(self._observe(new, seen, handle.start + span.start) if first else seen.out)
         return outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=2)
@@ -503,11 +524,3 @@ class PrunedKVCache:
         if seen.weights is not None:
             self.heard = self.scorer.heard(mx.concatenate(list(seen.weights), axis=-1))[..., : -queries.shape[2]]
         return seen.out
-
-
-def _among_new(mask: Mask, span: slice, total: int) -> Mask:
-    """The part of a mask over ``total`` new tokens that concerns a span of them."""
-    if not isinstance(mask, mx.array):
-        return mask
-    newest = mask[..., -total:]
-    return newest[..., span, span] if newest.shape[-2] == total else newest[..., span]

@@ -19,7 +19,7 @@ Call = Callable[..., mx.array]
 
 
 def leaves(caches: Any) -> Iterator[Any]:
-    """The single caches of a (nested) list of caches."""
+    """The single caches of a (nested) list of caches; of a batch, those of its rows."""
     for cache in caches or ():
         yield from leaves(cache.caches) if hasattr(cache, "caches") else (cache,)
 
@@ -58,6 +58,8 @@ def forward(call: Call, inputs: mx.array, caches: Any, **kwargs: Any) -> mx.arra
 
 def settle(bounded: list[PrunedKVCache]) -> None:
     """Before slots are overwritten, choose them and finish what is under way: the writes then happen in place.
+
+    Of a batch, only rows whose ring is full take part.
 
     The one host synchronisation per ``block`` tokens; a second one where heads may hold differently many slots, for then
     it is decided on the host which of them gets a page.

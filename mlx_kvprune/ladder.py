@@ -54,6 +54,7 @@ class Rung:
         layers: the bounded layers in the order of their caches.
         others: how many caches are left as they are (sliding window, recurrent).
         vocab: width of the logits.
+        unbatched: why two texts in one batch do not give what each gives alone; empty if they do.
     """
 
     name: str
@@ -61,6 +62,7 @@ class Rung:
     layers: tuple[Layer, ...]
     others: int
     vocab: int = 0
+    unbatched: str = ""
 
 
 class Witness:
@@ -119,7 +121,8 @@ def find_rung(model: nn.Module, make: Callable[[Wrap], list[Any]]) -> Rung:
     for name, dense in (("ragged", False), ("uniform", True)):
         try:
             layers = _try(model, make, dense, expected)
-            return Rung(name, "; ".join(reasons), layers, others, expected.shape[-1])
+            unbatched = "the model does its own attention" if dense else why_unbatched(model, make)
+            return Rung(name, "; ".join(reasons), layers, others, expected.shape[-1], unbatched)
         except Exception as error:  # whatever the model's code does with what it is given
             reasons.append(f"{name}: {_one_line(error)}")
     return Rung("refuse", "; ".join(reasons), (), others)
@@ -147,6 +150,40 @@ def _try(model: nn.Module, make: Callable, dense: bool, expected: mx.array) -> t
     if not mx.isfinite(out).all().item():
         raise ValueError("logits are not finite once slots are evicted")
     return layers
+
+
+def why_unbatched(model: nn.Module, make: Callable[[Wrap], list[Any]]) -> str:
+    """Try two texts of 13 and 5 tokens in one padded batch, as mlx-lm runs them, against each alone.
+
+    The model's other caches are mlx-lm's own, and some of its types do not batch them rightly.
+    """
+    texts = [mx.arange(1, n + 1)[None] for n in (13, 5)]
+    roomy = CacheSettings(policy="window", n_sink=1, window=4, block=4)
+    caches = lambda: make(lambda layer: PrunedKVCache(roomy, None, layer))
+    try:
+        alone = mx.concatenate([model(text, cache=caches())[:, -1] for text in texts])
+        batch = [one.merge([one, other]) for one, other in zip(caches(), caches(), strict=True)]
+        difference = _difference(_run_padded(model, batch, texts), alone)
+    except Exception as error:  # whatever the model's code does with a batch
+        return f"the model cannot be batched: {_one_line(error)}"
+    if difference > _tolerance(alone.dtype):
+        return f"logits of a batch differ from those of each text alone by {difference:.2g}"
+    return ""
+
+
+def _run_padded(model: nn.Module, batch: list[Any], texts: list[mx.array]) -> mx.array:
+    """Last logits ``(B, vocab)`` of texts ``(1, n)`` read as mlx-lm's ``BatchGenerator`` reads them: twice padded."""
+    for cut in (lambda n: slice(0, n // 2), lambda n: slice(n // 2, n - 1)):
+        parts = [text[:, cut(text.shape[1])] for text in texts]
+        lengths = [part.shape[1] for part in parts]
+        padding = [max(lengths) - n for n in lengths]
+        for cache in batch:
+            cache.prepare(lengths=lengths, right_padding=padding)
+        padded = [mx.pad(x, [(0, 0), (0, p)]) for x, p in zip(parts, padding, strict=True)]
+        model(mx.concatenate(padded), cache=batch)
+        for cache in batch:
+            cache.finalize()
+    return model(mx.concatenate([text[:, -1:] for text in texts]), cache=batch)[:, -1]
 
 
 def _run(model: nn.Module, caches: list[Any], settings: CacheSettings | None) -> mx.array:

@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_kvprune.batch import BatchHandle
 from mlx_kvprune.cache import Handle, PrunedKVCache
 from mlx_kvprune.forward import pruned
 
@@ -52,7 +53,7 @@ def scaled_dot_product_attention(
     sinks: mx.array | None = None,
 ) -> mx.array:
     """mlx-lm's function; keys that are a ``Handle`` are attended to where they lie."""
-    if isinstance(keys, Handle):
+    if isinstance(keys, Handle | BatchHandle):
         return keys.cache.attend(queries, keys, scale, mask, sinks)
     return _original("scaled_dot_product_attention")(
         queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks
@@ -91,11 +92,9 @@ def maybe_quantize_kv_cache(
 
 
 def batch_generate(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """mlx-lm's function; refused, for bounded caches are not merged into batches yet."""
-    if pruned(_made(model)):
-        raise ValueError(
-            "[batch] bounded caches are not batched in this version; got batch_generate; try one at a time"
-        )
+    """mlx-lm's function; refused where bounded caches cannot be merged into batches."""
+    if reason := next(filter(None, (c.unbatched() for c in pruned(_made(model)))), None):
+        raise ValueError(f"[batch] {reason}; got batch_generate; try one request at a time")
     return _original("batch_generate")(model, *args, **kwargs)
 
 

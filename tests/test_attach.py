@@ -228,12 +228,3 @@ def test_a_make_cache_of_the_instances_own_is_used_and_put_back():
 def test_what_is_not_a_model_is_refused(wrong):
     with pytest.raises(ValueError, match="not a model of mlx-lm"):
         kvp.attach(wrong)
-
-
-def test_batches_with_history_are_refused():
-    generate = importlib.import_module("mlx_lm.generate")
-    model = zoo.tiny_model("llama")
-    kvp.attach(model, budget=200, quiet=True)
-    with pytest.raises(ValueError, match=r"\[batch\]"):
-        generate.batch_generate(model, None, [TOKENS])
-    kvp.detach(model)

@@ -18,6 +18,7 @@ ORDER = [
     "allocators",
     "policy",
     "attend",
+    "batch",
     "cache",
     "forward",
     "ladder",

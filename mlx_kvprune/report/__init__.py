@@ -17,7 +17,7 @@ class CacheReport:
         policy: its name; ``full`` for mlx-lm's own caches.
         allocator: how the budget is shared.
         budget: as the user wrote it: tokens per KV head, or bytes with a unit.
-        tokens_seen: tokens of the text so far.
+        tokens_seen: tokens of the text so far; of the longest in a batch.
         slots_held: the most that any KV head holds.
         kv_bytes: bytes held now by the layers that the budget is about, everything counted.
         kv_bytes_peak: the most that was held after any forward call.
@@ -47,7 +47,7 @@ class CacheReport:
 
 
 def report(cache: list[Any]) -> CacheReport:
-    """What the caches of one conversation hold; bounded ones, or mlx-lm's own.
+    """What the caches of one conversation, or of a batch of them, hold; bounded ones, or mlx-lm's own.
 
     Args:
         cache: the list that ``model.make_cache()`` or ``make_cache(model)`` returned.
@@ -66,13 +66,13 @@ def report(cache: list[Any]) -> CacheReport:
         policy=first.settings.policy,
         allocator=first.settings.allocator,
         budget=str(first.settings.budget),
-        tokens_seen=first.offset,
+        tokens_seen=max(c.tokens_seen for c in bounded),
         slots_held=max(c.size() for c in bounded),
         kv_bytes=sum(c.nbytes for c in bounded),
         kv_bytes_peak=sum(max(c.nbytes_peak, c.nbytes) for c in bounded),
         kv_bytes_full=sum(c.nbytes_full for c in bounded),
         kv_bytes_other=sum(c.nbytes for c in leaves(cache) if not isinstance(c, PrunedKVCache)),
-        layers=len(bounded),
+        layers=len({c.layer for c in bounded}),
         attend_backend=backend,
         attend_reason=reason,
     )

@@ -42,7 +42,7 @@ def best(slots: np.ndarray, live: np.ndarray, new: np.ndarray, room: int) -> tup
     keys = np.concatenate([slots[live], new])
     keep = np.ones(len(keys), bool)
     if len(keys) > room:
-        keep[np.argpartition(keys, len(keys) - room)[: len(keys) - room]] = False
+        keep[np.argsort(keys)[: len(keys) - room]] = False
     stay = live.copy()
     stay[live] = keep[: len(keys) - len(new)]
     return stay, keep[len(keys) - len(new) :]
@@ -62,7 +62,7 @@ def plan(owner: np.ndarray, kept: np.ndarray, new: np.ndarray, targets: np.ndarr
     """
     owner, kept, units = owner.copy(), kept.copy(), kept.shape[1]
     moved = [_give_up(owner, kept, h, t) for h, t in enumerate(targets)]
-    spare = list(np.flatnonzero(owner == NOBODY))
+    spare = np.flatnonzero(owner == NOBODY).tolist()
     missing = sum(max(0, t - int((owner == h).sum())) for h, t in enumerate(targets)) - len(spare)
     if missing > 0:
         spare += range(len(owner), len(owner) + missing)
