@@ -23,7 +23,7 @@ from mlx_kvprune import rebind
 from mlx_kvprune.allocators import slots_per_layer
 from mlx_kvprune.cache import PrunedKVCache
 from mlx_kvprune.forward import forward, pruned
-from mlx_kvprune.ladder import Rung, find_rung
+from mlx_kvprune.ladder import Rung, find_rung, why_unranked
 from mlx_kvprune.policy import Policy, policy_for
 from mlx_kvprune.rope import check_rankable, find_rope
 from mlx_kvprune.settings import Budget, CacheSettings
@@ -80,7 +80,7 @@ def attach(
     wanted = settings_from(policy=policy, budget=budget, **settings)
     attachment = hooked(model)
     try:
-        slots_for(attachment, wanted)
+        slots_for(model, wanted)
     except ValueError:
         if attachment.settings is None:
             detach(model)
@@ -134,7 +134,7 @@ def make_from_settings(model: nn.Module, settings: CacheSettings) -> list[Any]:
     policy, settings = policy_for(settings)
     if policy.scorer is None:
         return _stock_caches(model)
-    slots, dense = slots_for(attachment, settings), attachment.rung.name == "uniform"
+    slots, dense = slots_for(model, settings), attachment.rung.name == "uniform"
     most_heads = max(layer.shape.n_kv_heads for layer in attachment.rung.layers)
     identity = model_id(model)
 
@@ -168,16 +168,18 @@ def model_id(model: nn.Module) -> str:
     return f"{_type_of(model)}-{digest.hexdigest()[:16]}"
 
 
-def slots_for(attachment: Attachment, settings: CacheSettings) -> list[int] | None:
+def slots_for(model: nn.Module, settings: CacheSettings) -> list[int] | None:
     """Slots per KV head of each layer that the settings' budget gives this model; None for no bound.
 
     Raises:
         ValueError: the budget is too small, or the policy needs what this model cannot give.
     """
+    attachment: Attachment = model.__dict__[SLOT]
     policy, settings = policy_for(settings)
     if policy.scorer is None:
         return None
     _check_policy(attachment.rung, policy, settings)
+    _check_positions(model, attachment.rung, settings)
     shapes = [layer.shape for layer in attachment.rung.layers]
     states = [policy.scorer.state_nbytes(s.n_heads, s.key_dim) for s in shapes]
     states[0] += policy.scorer.shared_nbytes(attachment.rung.vocab)
@@ -263,7 +265,6 @@ def _check_policy(rung: Rung, policy: Policy, settings: CacheSettings) -> None:
             f"[policy] {policy.name} needs the queries, which this model keeps to itself; got {rung.reason}; "
             "try window, knorm, keydiff, random or surprise"
         )
-    _check_positions(rung, settings)
     if "question" in needs and not settings.question:
         raise ValueError(f"[policy] {policy.name} needs a question; got none; try `ask`, or question=<token ids>")
     if "rope" in needs and any(_rotates_unseen(layer.attention) for layer in rung.layers):
@@ -272,8 +273,8 @@ def _check_policy(rung: Rung, policy: Policy, settings: CacheSettings) -> None:
         )
 
 
-def _check_positions(rung: Rung, settings: CacheSettings) -> None:
-    """Whether keys can be turned to positions in the cache."""
+def _check_positions(model: nn.Module, rung: Rung, settings: CacheSettings) -> None:
+    """Whether keys can be turned to positions in the cache: by their rotary module, and by trying it."""
     if settings.positions != "cache":
         return
     for layer in rung.layers:
@@ -283,6 +284,12 @@ def _check_positions(rung: Rung, settings: CacheSettings) -> None:
                 "try --positions text"
             )
         check_rankable(find_rope(layer.attention))
+    ropes = [find_rope(layer.attention) for layer in rung.layers]
+    if reason := why_unranked(model, lambda fn: _replaced(model, fn), ropes, rung.name == "uniform"):
+        raise ValueError(
+            f"[positions] cache positions need keys that come straight from the rotary module; got {reason}; "
+            "try --positions text"
+        )
 
 
 def _rotates_unseen(attention: nn.Module) -> bool:

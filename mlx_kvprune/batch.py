@@ -126,7 +126,8 @@ class BatchPrunedKVCache:
 
     def filter(self, keep: Sequence[int] | mx.array) -> None:
         """Keep the rows of these indices, in this order."""
-        self.rows = [self.rows[i] for i in (keep.tolist() if isinstance(keep, mx.array) else keep)]
+        indices: Any = keep.tolist() if isinstance(keep, mx.array) else keep
+        self.rows = [self.rows[i] for i in indices]
 
     def extract(self, idx: int) -> Any:
         """A copy of one row's cache; it is evaluated, lest its lazy graph keep the batch alive."""

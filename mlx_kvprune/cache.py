@@ -140,7 +140,7 @@ class PrunedKVCache:
         """Note ``n`` new tokens."""
         self.tokens_seen += n
         self.offset += n
-        if self.settings.positions == "cache" and self.slots is not None:
+        if self.settings.positions == "cache" and self.frame:
             self.offset = min(self.offset, self.frame)
 
     def _update_dense(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
@@ -220,7 +220,7 @@ class PrunedKVCache:
 
     def _rewind_offset(self) -> None:
         self.offset = self.held.written
-        if self.settings.positions == "cache" and self.slots is not None:
+        if self.settings.positions == "cache" and self.frame:
             self.offset = min(self.offset, self.frame)
 
     def drop(self, start: int, stop: int, close: bool) -> None:
@@ -476,7 +476,7 @@ class PrunedKVCache:
 
     def everything(self, newest: int | None = None) -> Held:
         """What is held, as a scorer sees it; the newest token stands at position ``newest`` in the model's eyes."""
-        newest = self.offset - 1 if newest is None else newest
+        newest = int(self.offset if newest is None else newest + 1) - 1
         keys, cache_positions = self.held.rows("keys"), self.settings.positions == "cache"
         if cache_positions:
             keys = self._turning(newest)(keys, self.held.at(newest))

@@ -25,6 +25,7 @@ from mlx_kvprune.settings import Budget, CacheSettings
 from mlx_kvprune.storage import LayerShape
 
 Wrap = Callable[[int], Any]
+FAR = 1000  # a position at which a trial text starts
 
 # Types whose layers keep a second list of keys that must name the same slots as the first: they cannot be told apart from
 # layers with two attentions by trying.
@@ -169,6 +170,27 @@ def why_unbatched(model: nn.Module, make: Callable[[Wrap], list[Any]]) -> str:
     if difference > _tolerance(alone.dtype):
         return f"logits of a batch differ from those of each text alone by {difference:.2g}"
     return ""
+
+
+def why_unranked(model: nn.Module, make: Callable[[Wrap], list[Any]], ropes: list[Any], dense: bool) -> str:
+    """Try positions in the cache with room for everything: why the logits are not the model's own; empty if they are.
+
+    Keys that are normed after their rotation, or rotated in part, cannot be turned back; and where positions count for
+    more than rotations, the model minds that the first token stands at ``FAR``.
+    """
+    roomy = CacheSettings(policy="window", n_sink=1, window=4, block=4, positions="cache")
+
+    def bounded(layer: int) -> PrunedKVCache:
+        cache = PrunedKVCache(roomy, None, layer, dense)
+        cache.rope, cache.offset, cache.frame = ropes[layer], FAR, FAR
+        return cache
+
+    try:
+        expected = _run(model, make(_stock), settings=None)
+        difference = _difference(_run(model, make(bounded), roomy), expected)
+    except Exception as error:  # whatever the model's code does
+        return _one_line(error)
+    return f"logits that differ by {difference:.2g}" if difference > _tolerance(expected.dtype) else ""
 
 
 def _run_padded(model: nn.Module, batch: list[Any], texts: list[mx.array]) -> mx.array:

@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import mlx.core as mx
 
 LOG2_E = math.log2(math.e)
+
+
+def device(x: Any) -> mx.array:
+    """A NumPy array as an MLX array (its type stubs do not say that it takes one)."""
+    return mx.array(x)
 
 
 def exp2(x: mx.array) -> mx.array:

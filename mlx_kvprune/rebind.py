@@ -54,7 +54,8 @@ def scaled_dot_product_attention(
 ) -> mx.array:
     """mlx-lm's function; keys that are a ``Handle`` are attended to where they lie."""
     if isinstance(keys, Handle | BatchHandle):
-        return keys.cache.attend(queries, keys, scale, mask, sinks)
+        owner: Any = keys.cache
+        return owner.attend(queries, keys, scale, mask, sinks)
     return _original("scaled_dot_product_attention")(
         queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks
     )

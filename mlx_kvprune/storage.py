@@ -70,7 +70,7 @@ def _hadamard(settings: CacheSettings) -> bool:
 AUTO_SCHEME, AUTO_HADAMARD = "token", True  # docs/quantization.md has the table that says so
 
 
-def layer_nbytes(shape: LayerShape, settings: CacheSettings, tokens: int, memory: bool, state: int) -> int:
+def layer_nbytes(shape: LayerShape, settings: CacheSettings, tokens: int, memory: bool, state: int) -> float:
     """Bytes that one layer holds at most with ``tokens`` slots per KV head: ring, pools, tables, memory, state."""
     heads, ring = shape.n_kv_heads, settings.ring_size + settings.n_sink
     total = heads * ring * (shape.row_nbytes + 4 * memory) + 4 * ring + state

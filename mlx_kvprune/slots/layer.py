@@ -9,6 +9,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_kvprune.numerics import device
 from mlx_kvprune.quantize import PAGE, Codec
 from mlx_kvprune.slots.format import Format, plain
 from mlx_kvprune.slots.pages import Candidates, PagedPool, PageWrites
@@ -428,7 +429,7 @@ class LayerSlots:
             pool.vacate(start, stop, shift)
         ring = self.ring
         if shift and turn and ring.count:
-            later = mx.array(ring.positions >= stop)[None, None, :, None]
+            later = device(ring.positions >= stop)[None, None, :, None]
             ring.keys = mx.where(later, turn(ring.keys, shift), ring.keys)
         ring.keep(np.flatnonzero((ring.positions < start) | (ring.positions >= stop)))
         ring.positions = np.where(ring.positions >= stop, ring.positions - shift, ring.positions).astype(np.int32)
@@ -474,5 +475,5 @@ def _newest(pool: AnyPool, n: int) -> Tokens:
     order = mx.argsort(pool.heads_positions(), axis=-1)[..., -n:]
     take = lambda x: mx.take_along_axis(x, order[..., None] if x.ndim == 4 else order, axis=2)
     memory = pool.heads_memory()
-    rows = (take(pool.heads_rows(name)) for name in ("keys", "values"))
-    return Tokens(*rows, None if memory is None else take(memory), take(pool.heads_positions()))
+    keys, values = take(pool.heads_rows("keys")), take(pool.heads_rows("values"))
+    return Tokens(keys, values, None if memory is None else take(memory), take(pool.heads_positions()))

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
+from mlx_kvprune.numerics import device
 from mlx_kvprune.quantize import PAGE
 from mlx_kvprune.slots import moves
 from mlx_kvprune.slots.choose import grouped_keys
@@ -131,7 +132,7 @@ class PagedPool:
 
     def heads_positions(self) -> mx.array:
         """``(B, H_kv, S)`` int32, negative where a slot is empty or a head has no more pages."""
-        return self._by_head(mx.array(self.positions), -1)
+        return self._by_head(device(self.positions), -1)
 
     def heads_memory(self) -> mx.array | None:
         """``(B, H_kv, S)``."""
@@ -218,7 +219,8 @@ class PagedPool:
         later = np.where(self.positions >= stop, self.positions - shift, self.positions)
         self.positions = np.where(gone, -1, later).astype(np.int32)
         if self.memory is not None and gone.any():
-            self.memory = mx.where(mx.array(np.pad(gone, ((0, self.capacity - self.used), (0, 0)))), 0.0, self.memory)
+            unused = ((0, self.capacity - self.used), (0, 0))
+            self.memory = mx.where(device(np.pad(gone, unused)), 0.0, self.memory)
         self._lay_out()
 
     def replace_keys(self, keys: mx.array) -> None:
@@ -231,7 +233,7 @@ class PagedPool:
 
     def arrays(self) -> dict[str, mx.array]:
         """All arrays, by name."""
-        named = {**self.rows, "positions": mx.array(self.positions), "owner": mx.array(self.owner)}
+        named = {**self.rows, "positions": device(self.positions), "owner": device(self.owner)}
         if self.memory is not None:
             named["memory"] = self.memory
         frame = self.format.frame
@@ -259,7 +261,8 @@ class PagedPool:
 
     def _live(self) -> np.ndarray:
         """Units that hold something ``(P, units)`` bool."""
-        return (self.positions >= 0).reshape(self.used, self.units, self.format.granule).any(axis=-1)
+        units = (self.positions >= 0).reshape(self.used, self.units, self.format.granule)
+        return np.logical_or.reduce(units, axis=-1)
 
     def _by_head(self, x: mx.array, fill: float) -> mx.array:
         """``(P, PAGE, ...)`` -> ``(B, H_kv, S, ...)``."""
@@ -280,10 +283,10 @@ class PagedPool:
             encoded["memory"] = tokens.memory.reshape(*tokens.memory.shape[:2], -1, granule)
         rows = {}
         for name, x in encoded.items():
-            rows[name] = x.reshape(-1, x.shape[-1])[mx.array(change.new_from)]
+            rows[name] = x.reshape(-1, x.shape[-1])[device(change.new_from)]
             if len(change.old):
-                rows[name] = mx.concatenate([rows[name], self._flat(name)[mx.array(change.old_from)]])
-        return PageWrites(change, positions, mx.array(at), rows)
+                rows[name] = mx.concatenate([rows[name], self._flat(name)[device(change.old_from)]])
+        return PageWrites(change, positions, device(at), rows)
 
     def _flat(self, name: str) -> mx.array:
         """An array in units ``(capacity * units, row)``."""
@@ -319,7 +322,7 @@ class PagedPool:
         pages = np.flatnonzero(self.owner != NOBODY)
         units = mx.array((pages[:, None] * self.units + np.arange(self.units)).reshape(-1))
         self.rows = {name: x[units] for name, x in self.rows.items()}
-        self.memory = None if self.memory is None else self.memory[mx.array(pages)]
+        self.memory = None if self.memory is None else self.memory[device(pages)]
         self.owner, self.positions = self.owner[pages], self.positions[pages]
 
     def _lay_out(self) -> None:
@@ -331,7 +334,7 @@ class PagedPool:
             table[head, : len(pages)] = pages
             back[pages] = head * table.shape[1] + np.arange(len(pages))
         hot = self.owner[None] == np.arange(self.heads)[:, None]
-        arrays = (self.owner.astype(np.uint32), table, back, hot.astype(np.float32))
-        self.layout = Layout(*(mx.array(x) for x in arrays), self.batch)
-        full = (self.positions >= 0).all()
-        self.mask = None if full else mx.array((self.positions >= 0)[:, None])
+        owner, hot = self.owner.astype(np.uint32), hot.astype(np.float32)
+        self.layout = Layout(device(owner), device(table), device(back), device(hot), self.batch)
+        held = self.positions >= 0
+        self.mask = None if held.all() else device(held[:, None])
