@@ -40,12 +40,14 @@ class Attachment:
         rung: how much the model can be given, and why not more.
         settings: of the caches that ``model.make_cache()`` makes; None if only ``make_cache(model)`` was asked for.
         classes: modules and the classes they had before.
+        unranked: why positions in the cache cannot be had; None as long as that was not tried.
         own_make_cache: what stood in the place of ``make_cache`` on the instance, if anything did.
     """
 
     rung: Rung
     settings: CacheSettings | None = None
     classes: list[tuple[nn.Module, type]] = field(default_factory=list)
+    unranked: str | None = None
     own_make_cache: Any = None
 
     def __str__(self) -> str:
@@ -179,7 +181,8 @@ def slots_for(model: nn.Module, settings: CacheSettings) -> list[int] | None:
     if policy.scorer is None:
         return None
     _check_policy(attachment.rung, policy, settings)
-    _check_positions(model, attachment.rung, settings)
+    if settings.positions == "cache" and (reason := cannot_rank(model)):
+        raise ValueError(f"[positions] {reason}; try --positions text")
     shapes = [layer.shape for layer in attachment.rung.layers]
     states = [policy.scorer.state_nbytes(s.n_heads, s.key_dim) for s in shapes]
     states[0] += policy.scorer.shared_nbytes(attachment.rung.vocab)
@@ -273,23 +276,25 @@ def _check_policy(rung: Rung, policy: Policy, settings: CacheSettings) -> None:
         )
 
 
-def _check_positions(model: nn.Module, rung: Rung, settings: CacheSettings) -> None:
-    """Whether keys can be turned to positions in the cache: by their rotary module, and by trying it."""
-    if settings.positions != "cache":
-        return
-    for layer in rung.layers:
-        if _rotates_unseen(layer.attention):
-            raise ValueError(
-                "[positions] cache positions need the model's rotary module; got an attention without one; "
-                "try --positions text"
-            )
-        check_rankable(find_rope(layer.attention))
+def cannot_rank(model: nn.Module) -> str:
+    """Why an attached model cannot have positions in the cache; empty if it can. Tried once."""
+    attachment: Attachment = model.__dict__[SLOT]
+    if attachment.unranked is None:
+        attachment.unranked = _try_ranks(model, attachment.rung)
+    return attachment.unranked
+
+
+def _try_ranks(model: nn.Module, rung: Rung) -> str:
     ropes = [find_rope(layer.attention) for layer in rung.layers]
-    if reason := why_unranked(model, lambda fn: _replaced(model, fn), ropes, rung.name == "uniform"):
-        raise ValueError(
-            f"[positions] cache positions need keys that come straight from the rotary module; got {reason}; "
-            "try --positions text"
-        )
+    if any(_rotates_unseen(layer.attention) for layer in rung.layers):
+        return "cache positions need the model's rotary module; got an attention without one"
+    try:
+        for rope in ropes:
+            check_rankable(rope)
+    except ValueError as error:
+        return str(error).removeprefix("[positions] ").split("; try")[0]
+    reason = why_unranked(model, lambda fn: _replaced(model, fn), ropes, rung.name == "uniform")
+    return reason and f"cache positions need keys that come straight from the rotary module; got {reason}"
 
 
 def _rotates_unseen(attention: nn.Module) -> bool:

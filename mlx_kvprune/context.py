@@ -1,9 +1,12 @@
-"""How long a text a model was trained for; longer ones are refused while positions count from the text's start."""
+"""How long a text a model was trained for: longer ones are read with positions in the cache, or refused."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
+
+from mlx_kvprune.attach import cannot_rank
+from mlx_kvprune.settings import CacheSettings
 
 NAMES = ("max_position_embeddings", "max_seq_len", "max_sequence_length", "n_positions", "n_ctx", "seq_length")
 
@@ -28,17 +31,38 @@ def _configs(model: Any) -> Iterator[dict[str, Any]]:
             yield text if isinstance(text, dict) else getattr(text, "__dict__", {})
 
 
-def check_fits(model: Any, prompt_tokens: int, max_tokens: int) -> None:
-    """Refuse a prompt whose answer would run past the model's trained context.
+def placed(model: Any, settings: CacheSettings, prompt_tokens: int, max_tokens: int, where: str) -> CacheSettings:
+    """The settings with ``auto`` positions decided: those of the text while it fits the model's trained context.
+
+    Args:
+        model: attached.
+        settings: as the user gave them.
+        prompt_tokens: length of the prompt.
+        max_tokens: the longest answer.
+        where: names the verb in an error.
 
     Raises:
-        ValueError: it would.
+        ValueError: the text is too long for positions of the text, and others were not asked for or cannot be given.
     """
     limit = trained_context(model)
-    if limit is not None and prompt_tokens + max_tokens > limit:
-        room = limit - prompt_tokens
-        hint = f"--max-tokens {room} or less" if room >= 1 else "a shorter prompt"
-        raise ValueError(
-            "[context] prompt and answer are longer than the model's trained context; "
-            f"got {prompt_tokens} + {max_tokens} tokens, the limit is {limit}; try {hint}"
-        )
+    fits = limit is None or prompt_tokens + max_tokens <= limit
+    if settings.positions == "cache" or (fits and settings.positions == "text"):
+        return settings
+    if fits:
+        return settings.but(positions="text")
+    if settings.positions == "text":
+        reason = "positions are those of the text"
+    elif settings.policy == "full":
+        reason = "policy full keeps everything"
+    else:
+        reason = cannot_rank(model)
+    if not reason:
+        return settings.but(positions="cache")
+    assert limit is not None
+    room = limit - prompt_tokens
+    hint = f"--max-tokens {room} or less" if 1 <= room < max_tokens else "a shorter text"
+    hint += " or --positions cache" if settings.positions == "text" else ""
+    raise ValueError(
+        f"[{where}] prompt and answer are longer than the model's trained context, and {reason}; "
+        f"got {prompt_tokens} + {max_tokens} tokens, the limit is {limit}; try {hint}"
+    )

@@ -16,7 +16,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_kvprune.attach import attachment_of, make_from_settings
-from mlx_kvprune.context import trained_context
+from mlx_kvprune.context import placed
 from mlx_kvprune.settings import CacheSettings
 
 HERE = "\x00document\x00"
@@ -112,20 +112,6 @@ def settings_for(settings: CacheSettings, prompt: Prompt) -> CacheSettings:
     return settings.but(n_sink=n_sink, question=question)
 
 
-def check_length(model: nn.Module, prompt: Prompt, max_tokens: int) -> None:
-    """Refuse what is longer than the model was trained to read, while positions are those of the text.
-
-    Raises:
-        ValueError: too long.
-    """
-    limit, total = trained_context(model), prompt.n_tokens + max_tokens
-    if limit is not None and total > limit:
-        raise ValueError(
-            f"[ask] longer than the {limit} tokens that this model was trained to read; got {prompt.n_tokens} + "
-            f"{max_tokens} for the answer; try a part of the document, or a model with a longer context"
-        )
-
-
 def prefill(
     model: nn.Module, tokens: list[int], cache: list[Any], *, step: int = 512, progress: Progress | None = None
 ) -> None:
@@ -178,8 +164,7 @@ def read_into_cache(
     """
     assert attachment_of(model) is not None
     prompt = prompt_for(tokenizer, document, question, pinned=pinned)
-    check_length(model, prompt, max_tokens)
-    chosen = settings_for(settings, prompt)
+    chosen = settings_for(placed(model, settings, prompt.n_tokens, max_tokens, "ask"), prompt)
     if chosen.budget.tokens is not None and settings.policy != "full" and chosen.budget.tokens < chosen.smallest_budget:
         raise ValueError(
             f"[ask] the budget has no room for the question, which pins {chosen.n_sink} tokens, beside a ring of "

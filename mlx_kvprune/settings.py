@@ -52,7 +52,8 @@ class CacheSettings:
         window: newest tokens that are never evicted. None lets the policy choose.
         block: tokens between two upkeeps; the hot ring holds ``window + block`` tokens. None lets the policy choose.
         positions: ``text``: keys stay as the model rotated them. ``cache``: a token's position is its rank in the cache,
-            so that texts may be longer than the model's trained context.
+            so that texts may be longer than the model's trained context. ``auto``: ``text``, unless ``ask``, ``generate``
+            or ``chat`` see that the text becomes longer than that.
         store: ``kv``: keys and values are stored.
         kv_bits: bits of stored keys and values (8, 6, 5, 4, 3, 2); None stores them in the model's own type.
         kv_key_bits: bits of keys alone, over ``kv_bits``.
@@ -101,7 +102,7 @@ class CacheSettings:
             if getattr(self, name) is not None:
                 _at_least(name, getattr(self, name), 1)
         _one_of("allocator", self.allocator, ALLOCATORS)
-        _one_of("positions", self.positions, ("text", "cache"))
+        _one_of("positions", self.positions, ("text", "cache", "auto"))
         _one_of("store", self.store, ("kv",))
         for name in ("head_floor", "turn_floor"):
             if not 0 <= getattr(self, name) <= 1:

@@ -8,9 +8,10 @@ import tiny_models as zoo
 
 import mlx_kvprune as kvp
 from mlx_kvprune.attach import settings_from
-from mlx_kvprune.context import trained_context
-from mlx_kvprune.documents import check_length, prefill, prompt_for, read, settings_for
+from mlx_kvprune.context import placed, trained_context
+from mlx_kvprune.documents import prefill, prompt_for, read, settings_for
 from mlx_kvprune.forward import pruned
+from mlx_kvprune.settings import CacheSettings
 
 
 class Letters:
@@ -99,9 +100,16 @@ def test_too_long_for_the_model_is_refused():
     limit = trained_context(model)
     assert limit == 512
     prompt = prompt_for(Letters(), "x" * 500, "Who?", pinned=False)
-    with pytest.raises(ValueError, match="longer than the 512 tokens"):
-        check_length(model, prompt, 10)
-    check_length(model, prompt_for(Letters(), "x", "Who?", pinned=False), 10)
+    kvp.attach(model, quiet=True)
+    text, auto = CacheSettings(), CacheSettings(positions="auto")
+    with pytest.raises(ValueError, match="the limit is 512; try .* or --positions cache"):
+        placed(model, text, prompt.n_tokens, 10, "ask")
+    assert placed(model, text, 500, 10, "ask") == text
+    assert placed(model, auto, 500, 10, "ask").positions == "text"
+    assert placed(model, auto, 500, 13, "ask").positions == "cache"
+    with pytest.raises(ValueError, match="policy full keeps everything"):
+        placed(model, auto.but(policy="full"), 500, 13, "ask")
+    kvp.detach(model)
 
 
 def test_prefill_reports_progress():
