@@ -341,7 +341,7 @@ class PrunedKVCache:
             return self._attend_probe(queries, handle, scale, mask, sinks)
         self.scale, self.n_heads = float(scale), queries.shape[1]
         first, total, outs = not handle.blocks, queries.shape[2], []
-        for span, view in self._write_blocks(handle) if first else handle.blocks:
+        for span, view in self.write_blocks(handle) if first else handle.blocks:
             new, weights = queries[:, :, span], first and self._wants_weights
             among = among_new(mask, span, total)
             seen = attend(new, view, scale=scale, mask=among, sinks=sinks, want_weights=weights)
@@ -440,7 +440,7 @@ class PrunedKVCache:
             return self.size()
         return self.size() - self.held.block + min(self.held.block, self.held.free_at_all())
 
-    def _write_blocks(self, handle: Handle) -> Iterator[tuple[slice, View]]:
+    def write_blocks(self, handle: Handle) -> Iterator[tuple[slice, View]]:
         """Write the new tokens in steps that evict nothing; yields which ones, and what they may attend to."""
         start, total = 0, handle.keys.shape[2]
         while start < total:

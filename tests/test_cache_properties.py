@@ -243,7 +243,7 @@ def test_mask_of_a_dense_model_fits_what_will_be_held(case):
         held = mask.shape[-1] - 2
         twin = copy.deepcopy(cache)
         handle, _ = twin.update_and_fetch(*part(arrays, seen, seen + 1)[1:])
-        _, view = next(iter(twin._write_blocks(handle)))
+        _, view = next(iter(twin.write_blocks(handle)))
         assert sum(part.keys.parts[0].shape[2] for part in view.parts) == held + 1
         read(cache, part(arrays, seen, seen + step), (step,))
         seen += step

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import time
@@ -17,6 +16,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_kvprune import attach, blas, make_cache, report  # first: the fast BLAS comes before mlx.core
+from mlx_kvprune.bench.equal import equal_length
+from mlx_kvprune.bench.variants import made, spread_of, text_of
 
 import mlx.core as mx  # isort: skip
 
@@ -55,6 +56,8 @@ def main() -> None:
     result["bytes"] = resident(caches)
     result["memory"] = growth(model, args)
     result["help_s"] = help_seconds()
+    if args.equal_slots:
+        result["equal_length"] = equal_length(model, args.equal_slots, args.equal, args.decode_rounds, _say)
     print(json.dumps(result))
 
 
@@ -73,16 +76,16 @@ def prefill(model: Any, tokens: list[int], args: argparse.Namespace) -> tuple[di
         for c in candidates:
             rates.setdefault(c.name, []).append(len(tokens) / sum(c.seconds))
             ratios.setdefault(c.name, []).append(best / sum(c.seconds))
-    table = {name: {"tps": _spread(rates[name]), "to_best_stock": _spread(ratios[name])} for name in rates}
+    table = {name: {"tps": spread_of(rates[name]), "to_best_stock": spread_of(ratios[name])} for name in rates}
     _say(f"prefill of {len(tokens)} tokens, budget {args.budget}: tok/s, and times stock's best")
     for name, row in table.items():
-        _say(f"  {name:24s} {_text_of(row['tps'], '7.1f')}   x{_text_of(row['to_best_stock'], '.2f')}")
+        _say(f"  {name:34s} {text_of(row['tps'], '7.1f')}   x{text_of(row['to_best_stock'], '.2f')}")
     return table, {c.name: c.cache for c in candidates}
 
 
 def _candidates(model: Any, args: argparse.Namespace) -> list[Candidate]:
     stock = [Candidate(f"stock, step {s}", make_cache(model, "full"), s) for s in args.stock_steps]
-    ours = [Candidate(p, make_cache(model, p, args.budget), args.step) for p in args.policies]
+    ours = [Candidate(p, made(model, p, args.budget), args.step) for p in args.policies]
     return [*stock, *ours]
 
 
@@ -91,7 +94,7 @@ def decode(model: Any, caches: dict[str, list[Any]], tokens: list[int], args: ar
     stock = next(name for name in caches if name.startswith("stock"))
     runs = {"stock": caches[stock], **{p: caches[p] for p in args.policies}}
     for policy in args.policies:
-        short = Candidate(policy, make_cache(model, policy, args.budget), args.step)
+        short = Candidate(policy, made(model, policy, args.budget), args.step)
         short.read(model, tokens[:600])
         runs[f"{policy}, 600 tokens"] = short.cache
     seconds: dict[str, list[float]] = {name: [] for name in runs}
@@ -102,12 +105,12 @@ def decode(model: Any, caches: dict[str, list[Any]], tokens: list[int], args: ar
     _say(f"decode after {len(tokens)} tokens: tok/s, and times stock's")
     for name, times in seconds.items():
         ratio = [a / b for a, b in zip(seconds["stock"], times, strict=True)]
-        table[name] = {"tps": _spread([1 / t for t in times]), "to_stock": _spread(ratio)}
-        _say(f"  {name:24s} {_text_of(table[name]['tps'], '7.2f')}   x{_text_of(table[name]['to_stock'], '.2f')}")
+        table[name] = {"tps": spread_of([1 / t for t in times]), "to_stock": spread_of(ratio)}
+        _say(f"  {name:34s} {text_of(table[name]['tps'], '7.2f')}   x{text_of(table[name]['to_stock'], '.2f')}")
     for policy in args.policies:
         pairs = zip(seconds[f"{policy}, 600 tokens"], seconds[policy], strict=True)
-        table[policy]["to_600"] = _spread([short / long for short, long in pairs])
-        _say(f"  {policy}: speed at {len(tokens)} is x{_text_of(table[policy]['to_600'], '.2f')} of that at 600")
+        table[policy]["to_600"] = spread_of([short / long for short, long in pairs])
+        _say(f"  {policy}: speed at {len(tokens)} is x{text_of(table[policy]['to_600'], '.2f')} of that at 600")
     return table
 
 
@@ -140,7 +143,7 @@ def growth(model: Any, args: argparse.Namespace) -> dict[str, float]:
     """Active and peak memory of MLX while a bounded cache decodes."""
     from mlx_lm.generate import generate_step
 
-    cache = make_cache(model, args.policies[0], args.budget)
+    cache = made(model, args.policies[0], args.budget)
     marks = {}
     for i, _ in enumerate(generate_step(mx.array([1] * 600), model, max_tokens=args.memory_tokens, prompt_cache=cache)):
         if i in (args.memory_tokens // 10, args.memory_tokens - 1):
@@ -159,22 +162,13 @@ def help_seconds() -> list[float]:
         start = time.perf_counter()
         subprocess.run([sys.executable, "-m", "mlx_kvprune", "--help"], capture_output=True, check=True)
         times.append(time.perf_counter() - start)
-    _say(f"mlx-kvprune --help: {_text_of(_spread(times), '.2f')} s")
-    return _spread(times)
+    _say(f"mlx-kvprune --help: {text_of(spread_of(times), '.2f')} s")
+    return spread_of(times)
 
 
 def _text(tokenizer: Any, n: int) -> list[int]:
     words = (f"The {i}th house on the road belongs to number {i * 7919 % 10007}." for i in range(n))
     return list(tokenizer.encode(" ".join(words)))[:n]
-
-
-def _spread(values: list[float]) -> list[float]:
-    return [round(x, 4) for x in (statistics.median(values), min(values), max(values))]
-
-
-def _text_of(spread: list[float], form: str) -> str:
-    median, low, high = (format(x, form) for x in spread)
-    return f"{median} ({low.strip()} to {high.strip()})"
 
 
 def _say(line: str) -> None:
@@ -187,7 +181,16 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--tokens", type=int, default=8000)
     parser.add_argument("--budget", type=int, default=512)
-    parser.add_argument("--policies", type=names, default=["window", "knorm"])
+    parser.add_argument(
+        "--policies",
+        type=names,
+        default=["window", "knorm", "knorm:kv_bits=4"],
+        help="names, with settings after a colon: knorm:kv_bits=4;allocator=head_adaptive",
+    )
+    parser.add_argument(
+        "--equal-slots", type=int, default=0, help="also decode with so many slots held, nothing evicted"
+    )
+    parser.add_argument("--equal", type=names, default=["window", "window:allocator=head_adaptive"])
     parser.add_argument("--step", type=int, default=512, help="our prefill step")
     parser.add_argument("--stock-steps", type=lambda t: [int(x) for x in names(t)], default=[256, 512, 2048])
     parser.add_argument("--reps", type=int, default=3)

@@ -20,11 +20,16 @@ CHUNK = 256  # tokens of one forward call; which tokens are evicted does not dep
 
 @dataclass(frozen=True)
 class Condition:
-    """One row of a table: a policy, its budget, the seed of what it draws. All other settings are the policy's own."""
+    """One row of a table: a policy, its budget, the seed of what it draws. Other settings are the policy's own.
+
+    Attributes:
+        more: further fields of ``CacheSettings`` by name (``kv_bits`` ...).
+    """
 
     policy: str
     budget: Budget = field(default_factory=Budget)
     seed: int = 0
+    more: tuple[tuple[str, Any], ...] = ()
 
     @property
     def is_full(self) -> bool:
@@ -40,14 +45,16 @@ class Condition:
     def caches(self, model: nn.Module, question: Sequence[int] = ()) -> list[Any]:
         """Fresh caches for one text; ``question`` (token ids) is for policies that probe with it."""
         known = {"question": tuple(question)} if self.needs_question else {}
-        return make_cache(model, self.policy, self.budget, seed=self.seed, **known)
+        return make_cache(model, self.policy, self.budget, seed=self.seed, **known, **dict(self.more))
 
     def describe(self) -> dict[str, Any]:
         """The fields that name a row."""
-        return {"policy": self.policy, "allocator": "uniform", "budget": str(self.budget), "seed": self.seed}
+        named = {"policy": self.policy, "allocator": "uniform", "budget": str(self.budget), "seed": self.seed}
+        return {**named, **dict(self.more)}
 
     def __str__(self) -> str:
-        return self.policy if self.is_full else f"{self.policy} {self.budget}"
+        more = "".join(f" {name}={value}" for name, value in self.more)
+        return self.policy if self.is_full else f"{self.policy} {self.budget}{more}"
 
 
 FULL = Condition("full")

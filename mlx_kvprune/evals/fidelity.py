@@ -64,22 +64,24 @@ def trace(
     *,
     chunk: int = CHUNK,
     tick: Tick | None = None,
+    against: Condition = FULL,
 ) -> dict[Condition, Trace]:
     """Run the conditions in lockstep: the full cache's logits exist for one chunk at a time, and serve all of them.
 
     Args:
         tokens: token ids of the text, ``T`` of them.
         chunk: tokens of one forward call.
+        against: what the conditions are compared with, if not with the full cache.
     """
     ids = mx.array(list(tokens))
-    caches = {condition: condition.caches(model) for condition in {FULL: 0, **dict.fromkeys(conditions)}}
+    caches = {condition: condition.caches(model) for condition in {against: 0, **dict.fromkeys(conditions)}}
     parts: dict[Condition, list[np.ndarray]] = {condition: [] for condition in conditions}
     for start in range(0, len(tokens), chunk):
         span = ids[None, start : start + chunk]
         targets = ids[start + 1 : start + 1 + span.shape[1]]
-        full = _logits(model, span, caches[FULL], tick)
+        full = _logits(model, span, caches[against], tick)
         for condition in conditions:
-            logits = full if condition == FULL else _logits(model, span, caches[condition], tick)
+            logits = full if condition == against else _logits(model, span, caches[condition], tick)
             parts[condition].append(compare(full, logits, targets))
     return {c: Trace(*np.concatenate(parts[c], axis=1), held=held(caches[c])) for c in conditions}
 
