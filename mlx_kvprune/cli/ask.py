@@ -8,15 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
-from mlx_kvprune.cli.options import (
-    CacheOptions,
-    Json,
-    ModelOptions,
-    SamplingOptions,
-    load,
-    settings_of,
-    spread,
-)
+from mlx_kvprune.cli.cache_options import CacheOptions, settings_of
+from mlx_kvprune.cli.options import Json, ModelOptions, SamplingOptions, load, spread
 from mlx_kvprune.settings import CacheSettings
 
 EPILOG = """Examples:
@@ -88,16 +81,25 @@ def ask(
 
     questions = _questions(question)
     wanted = cache.policy or ("probe" if len(questions) == 1 else SEVERAL)
-    others = [replace(cache, policy=p, policy_option=None) for p in compare or []]
-    settings = [settings_of(c, sampling.seed) for c in [replace(cache, policy=wanted), *others]]
+    chosen = [replace(cache, policy=wanted), *(_instead(cache, p) for p in compare or [])]
+    settings = [settings_of(c, sampling.seed) for c in chosen]
     text = "\n\n".join(documents.read(path) for path in files)
     loaded, tokenizer = load(model)
     runs = []
-    for chosen in settings:
-        runs.append(_Asking(loaded, tokenizer, text, questions, chosen, sampling, silent=json))
+    for each in settings:
+        runs.append(_Asking(loaded, tokenizer, text, questions, each, sampling, silent=json))
         runs[-1].run(label=len(settings) > 1)
     if json:
         _write_json(model.model, runs)
+
+
+def _instead(cache: AskCache, policy: str) -> AskCache:
+    """The same cache with another policy; without a bound where that keeps everything."""
+    from mlx_kvprune.policy import find
+
+    if find(policy).scorer is None:
+        return AskCache(policy=policy)  # type: ignore[arg-type]
+    return replace(cache, policy=policy, policy_option=None)
 
 
 def _questions(given: list[str] | None) -> list[str]:

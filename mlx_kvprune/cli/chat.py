@@ -5,16 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from mlx_kvprune.cli.options import (
-    CacheOptions,
-    Json,
-    ModelOptions,
-    SamplingOptions,
-    SystemPrompt,
-    load,
-    settings_of,
-    spread,
-)
+from mlx_kvprune.cli.cache_options import CacheOptions, described, settings_of
+from mlx_kvprune.cli.options import Json, ModelOptions, SamplingOptions, SystemPrompt, load, spread
 
 if TYPE_CHECKING:
     from mlx_kvprune.cli.conversation import Conversation
@@ -25,6 +17,8 @@ EPILOG = """Examples:
   mlx-kvprune chat
 
   mlx-kvprune chat --policy expected_attention --budget 512 --system-prompt "Answer in one sentence."
+
+  mlx-kvprune chat --kv-bits 4 --turn-floor 0.7 --positions cache
 
   printf 'Hello!\\nWhat did I just say?\\n' | mlx-kvprune chat
 
@@ -72,7 +66,7 @@ def chat(
     settings = settings_of(cache, sampling.seed)
     loaded, tokenizer = load(model)
     session = Chat(Conversation(loaded, tokenizer, settings, sampling, system_prompt))
-    output.say(f"{model.model}; policy {settings.policy}, budget {settings.budget}. /help lists the commands.", "dim")
+    output.say(f"{model.model}; {described(settings)}. /help lists the commands.", "dim")
     converse(session)
     if json:
         _write_json(session, model.model)

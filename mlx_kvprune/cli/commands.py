@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from mlx_kvprune.cli import output, saved
-from mlx_kvprune.cli.options import check_budget
+from mlx_kvprune.cli.cache_options import check_budget, described, fields_of
 from mlx_kvprune.cli.stream import Stop
 
 if TYPE_CHECKING:
@@ -104,13 +104,11 @@ def load(chat: Chat, rest: str) -> None:
     place = saved.load(chat.talk, _unquoted(rest))
     chat.forget()
     settings = chat.talk.settings
-    what = f"{len(chat.talk.marks)} exchanges; policy {settings.policy}, budget {settings.budget}"
-    output.say(f"loaded {place} ({what})")
+    output.say(f"loaded {place} ({len(chat.talk.marks)} exchanges; {described(settings)})")
 
 
 def policy(chat: Chat, rest: str) -> None:
     from mlx_kvprune.attach import settings_from
-    from mlx_kvprune.cli.options import fields_of
 
     name, _, budget = rest.partition(" ")
     if not name:
@@ -122,7 +120,7 @@ def policy(chat: Chat, rest: str) -> None:
     check_budget(settings)
     with Stop() as stop:
         chat.talk.change(settings, stop)
-    output.say(f"policy {settings.policy}, budget {settings.budget}; the history was read again")
+    output.say(f"{described(settings)}; the history was read again")
     _say_rest(chat)
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import Any
 
-from mlx_kvprune.cli.options import SamplingOptions, caches
+from mlx_kvprune import session
+from mlx_kvprune.cli.cache_options import caches, context_limit
+from mlx_kvprune.cli.options import SamplingOptions
 from mlx_kvprune.cli.stream import Run, Stop, prefill, stream
-from mlx_kvprune.context import trained_context
+from mlx_kvprune.forward import pruned
 from mlx_kvprune.settings import CacheSettings
 
 ANSWER = "kvprune:answer:9d41f0"  # stands for an answer while the template is asked what follows it
@@ -24,7 +27,6 @@ class Conversation:
         messages: as chat templates want them.
         tokens: of the whole text so far, as it was fed: the template's, and the answers' as they were generated.
         marks: ``len(tokens)`` before each exchange.
-        limit: the model's trained context in tokens, or None.
     """
 
     model: Any
@@ -43,9 +45,13 @@ class Conversation:
             raise ValueError(
                 "[chat] needs a chat template; got a model without one; try `generate`, or an instruction-tuned model"
             )
-        self.limit = trained_context(self.model)
         self.sampler = self.sampling.sampler()
         self.reset()
+
+    @property
+    def limit(self) -> int | None:
+        """The longest text in tokens; None if any length will do."""
+        return context_limit(self.model, self.cache)
 
     def reset(self) -> None:
         """Forget everything but the system prompt."""
@@ -83,6 +89,8 @@ class Conversation:
             raise
         self.seen += run.prefilled + len(run.tokens)
         self.tokens += run.tokens
+        if run.text:
+            session.end_turn(self.cache)
         return run
 
     def _take_back_turn(self) -> None:
@@ -125,19 +133,28 @@ class Conversation:
 
     def rewind(self, stop: Stop | None = None) -> bool:
         """Take back the last exchange; returns whether the cache could do so exactly, without a replay."""
-        from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
-
         mark = self.marks.pop()
         self.messages = self.messages[:-2]
         self.tokens = self.tokens[:mark]
         extra = self.seen - mark
-        if mark and extra > 0 and can_trim_prompt_cache(self.cache):
-            trim_prompt_cache(self.cache, extra)
+        if mark and extra > 0 and self._forget(extra):
             self.seen = mark
         elif extra > 0:
             self._renew()
             self.replay(stop)
             return mark == 0
+        return True
+
+    def _forget(self, n: int) -> bool:
+        """Take the newest ``n`` tokens out of the caches, if they can do so exactly."""
+        from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
+
+        if not pruned(self.cache):
+            return can_trim_prompt_cache(self.cache) and trim_prompt_cache(self.cache, n) == n
+        try:
+            session.rewind(self.cache, n)
+        except ValueError:
+            return False
         return True
 
     def change(self, settings: CacheSettings, stop: Stop | None = None) -> None:
@@ -152,6 +169,17 @@ class Conversation:
 
     def replay(self, stop: Stop | None = None) -> None:
         """Feed what the caches have not seen; what is left if the user stops it goes in with the next turn."""
-        new = self.tokens[self.seen :]
-        if new:
-            self.seen += prefill(self.model, new, self.cache, self.sampling.prefill_step_size, stop)
+        for end, answered in self._turns():
+            new = self.tokens[self.seen : end]
+            if new:
+                self.seen += prefill(self.model, new, self.cache, self.sampling.prefill_step_size, stop)
+                if self.seen < end:
+                    return
+                if answered:
+                    session.end_turn(self.cache)
+
+    def _turns(self) -> Iterator[tuple[int, bool]]:
+        """Where each turn ends, and whether it was answered; the whole text is one without marks."""
+        answers = [m["content"] for m in self.messages if m["role"] == "assistant"]
+        ends = [*self.marks[1:], len(self.tokens)]
+        yield from zip_longest(ends, map(bool, answers), fillvalue=False)

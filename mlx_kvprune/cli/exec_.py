@@ -12,7 +12,8 @@ from typing import Annotated, Any
 
 import typer
 
-from mlx_kvprune.cli.options import CacheOptions, Dtype, Seed, fields_of, settings_of, spread
+from mlx_kvprune.cli.cache_options import CacheOptions, fields_of, settings_of
+from mlx_kvprune.cli.options import Dtype, Seed, spread
 from mlx_kvprune.settings import CacheSettings
 
 EPILOG = """Examples:
@@ -22,13 +23,15 @@ EPILOG = """Examples:
   mlx-kvprune exec --budget 64MB -- mlx_lm.generate --model ./my-model --prompt "Hello" --max-tokens 100
 
   mlx-kvprune exec --policy snapkv --budget 256 -- mlx_lm.perplexity --model smollm2-135m
+
+  mlx-kvprune exec --kv-bits 4 -- mlx_lm.cache_prompt --model smollm2-135m --prompt-cache-file x.safetensors --prompt - < x.txt
 """
 
 VERBS = ("generate", "chat", "server", "evaluate", "perplexity", "benchmark", "cache_prompt")
 REFUSED = {
-    "--kv-bits": "--budget before the `--`: it bounds bytes as well",
-    "--kv-group-size": "--budget before the `--`: it bounds bytes as well",
-    "--quantized-kv-start": "--budget before the `--`: it bounds bytes as well",
+    "--kv-bits": "--kv-bits before the `--`",
+    "--kv-group-size": "--kv-group-size before the `--`",
+    "--quantized-kv-start": "--window before the `--`: the newest tokens are not quantized",
     "--max-kv-size": "--budget before the `--`",
     "--draft-model": "without it: a bounded cache cannot take back rejected tokens",
     "--num-draft-tokens": "without it: a bounded cache cannot take back rejected tokens",

@@ -5,17 +5,15 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from mlx_kvprune.cli.cache_options import CacheOptions, caches, context_limit, settings_of
 from mlx_kvprune.cli.options import (
-    CacheOptions,
     IgnoreChatTemplate,
     Json,
     ModelOptions,
     Prompt,
     SamplingOptions,
     SystemPrompt,
-    caches,
     load,
-    settings_of,
     spread,
 )
 
@@ -28,6 +26,8 @@ EPILOG = """Examples:
   cat log.txt | mlx-kvprune generate --budget 32MB --max-tokens 100 --json | tail -1
 
   mlx-kvprune generate --policy snapkv --policy-option kernel=9 --prompt "Tell a story."
+
+  mlx-kvprune generate --kv-bits 4 --allocator head_adaptive --positions cache --prompt - < book.txt
 """
 
 
@@ -61,8 +61,9 @@ def run_one(
     from mlx_kvprune.context import check_fits
     from mlx_kvprune.report import report
 
-    check_fits(model, len(tokens), sampling.max_tokens)
     cache = caches(model, settings)
+    if context_limit(model, cache) is not None:
+        check_fits(model, len(tokens), sampling.max_tokens)
     write = (lambda text: None) if json else output.write
     run = stream(model, tokenizer, tokens, cache, sampling, write)
     if json:

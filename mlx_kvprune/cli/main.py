@@ -128,9 +128,14 @@ def explain(error: Exception) -> tuple[str, int]:
         text = "[input] the input ended; got nothing; try again"
     elif isinstance(error, OSError) and error.filename is not None:
         text = f"[file] {error.strerror or type(error).__name__}; got {str(error.filename)!r}; try another path"
-    elif not isinstance(error, ValueError | OSError):
+    elif not isinstance(error, OSError) and not _is_ours(error):
         text, code = f"[failure] {type(error).__name__}: {text}; try again with --debug for the traceback", FAILURE
     return f"{PROGRAM}: " + " ".join(text.split()), code
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether an error was written for the user; MLX raises ``ValueError`` for shapes that do not match, too."""
+    return isinstance(error, ValueError) and "; try" in str(error)
 
 
 def _usage(error: Any) -> str:

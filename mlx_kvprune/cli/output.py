@@ -90,12 +90,14 @@ def summary(report: CacheReport, cache: list[Any], run: Run) -> None:
 
 
 def fill_line(report: CacheReport, cache: list[Any]) -> str:
-    """How full the cache is, as a bar."""
-    cap = capacity(cache)
-    name = f"policy {report.policy}"
+    """How full the cache is, as a bar; where layers or heads differ, on average over them."""
+    cap, name = capacity(cache), f"policy {report.policy}"
     if cap is None:
         return f"cache  {report.slots_held:,} slots per KV head, no bound; {name}"
-    return f"cache  [{bar(report.slots_held, cap)}] {report.slots_held:,} of {cap:,} slots per KV head; {name}"
+    held, even = slots_held(cache), report.allocator == "uniform"
+    more = "" if even else f" on average, {report.slots_held:,} at most"
+    name += "" if even else f", allocator {report.allocator}"
+    return f"cache  [{bar(held, cap)}] {held:,} of {cap:,} slots per KV head{more}; {name}"
 
 
 def bytes_line(report: CacheReport) -> str:
@@ -117,11 +119,22 @@ def speed_line(run: Run) -> str:
 
 
 def capacity(cache: list[Any]) -> int | None:
-    """The most slots per KV head that the caches may hold; None without a bound."""
+    """The most slots per KV head that the caches may hold, on average over their layers; None without a bound."""
     from mlx_kvprune.forward import pruned
 
     bounded = pruned(cache)
-    return bounded[0].slots if bounded else None
+    if not bounded or any(c.slots is None for c in bounded):
+        return None
+    return round(sum(c.slots or 0 for c in bounded) / len(bounded))
+
+
+def slots_held(cache: list[Any]) -> int:
+    """Slots per KV head, on average over layers and heads."""
+    from mlx_kvprune.forward import pruned
+
+    bounded = [c for c in pruned(cache) if not c.empty()]
+    heads = sum(c.held.ring.keys.shape[0] * c.held.ring.keys.shape[1] for c in bounded)
+    return round(sum(c.held.held() for c in bounded) / max(1, heads))
 
 
 def bar(part: int, whole: int, width: int = 24) -> str:

@@ -1,40 +1,36 @@
-"""Conversations on disk: the caches as mlx-lm saves them, the messages in their metadata."""
+"""Conversations on disk: a file of ``session_file``, the caches as ``session`` packs them, the messages beside them."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from mlx_kvprune import session_file
+from mlx_kvprune.attach import model_id
 from mlx_kvprune.cli.conversation import Conversation
+from mlx_kvprune.policy import find
+from mlx_kvprune.session import pack, unpack
 from mlx_kvprune.settings import CacheSettings
 
-KEY, VERSION, SUFFIX = "kvprune_chat", 1, ".safetensors"
+KEY, VERSION, SUFFIX = "chat", 1, ".safetensors"
+KEPT = ("messages", "tokens", "marks", "seen")  # of a Conversation, as they are
 
 
 def save(talk: Conversation, path: str) -> Path:
-    """Write the conversation beside its place and rename it there; returns the place.
+    """Write the conversation; what stood there is whole until then. Returns the place.
 
     Raises:
-        ValueError: there is nothing to save, or no such folder.
+        ValueError: there is nothing to save, or it cannot be written.
     """
-    from mlx_lm.models.cache import save_prompt_cache
-
     if not talk.seen:
         raise ValueError("[save] nothing to save; got an empty conversation; try after the first answer")
     place = _place(path)
-    if not place.parent.is_dir():
-        raise ValueError(f"[save] no such folder; got {str(place.parent)!r}; try a folder that exists")
-    work = place.with_name(f".{place.stem}.{os.getpid()}{SUFFIX}")
-    try:
-        save_prompt_cache(str(work), talk.cache, {KEY: json.dumps(_content(talk))})
-        os.replace(work, place)
-    except (OSError, RuntimeError) as error:
-        raise ValueError(f"[save] cannot write {place}; got {_line(error)}; try another place") from error
-    finally:
-        work.unlink(missing_ok=True)
+    arrays, meta = pack(talk.cache)
+    content = {"version": VERSION, "settings": talk.settings.to_json(), **{name: getattr(talk, name) for name in KEPT}}
+    with _named("save"):
+        session_file.write(place, arrays, {**meta, "model": model_id(talk.model), KEY: content})
     return place
 
 
@@ -45,46 +41,40 @@ def load(talk: Conversation, path: str) -> Path:
         ValueError: missing, damaged, or of another model; ``talk`` is as it was.
     """
     place = _place(path)
-    if not place.is_file():
-        raise ValueError(f"[load] no such file; got {str(place)!r}; try a file that /save wrote")
-    cache, content = _read(place)
-    if content["model"] != fingerprint(talk.model):
-        raise ValueError(f"[load] saved with another model; got {content['model']}; try it with that model")
-    talk.cache, talk.seen, talk.tokens = cache, content["seen"], content["tokens"]
-    talk.messages, talk.marks = content["messages"], content["marks"]
-    talk.settings = CacheSettings.from_json(content["settings"])
+    with _named("load"):
+        arrays, meta = session_file.read(place)
+        content = _content(meta, place)
+        settings = CacheSettings.from_json(content["settings"])
+        cache = _caches(arrays, meta, talk.model, find(settings.policy).scorer is not None)
+    talk.cache, talk.settings = cache, settings
+    for name in KEPT:
+        setattr(talk, name, content[name])
     return place
 
 
-def _read(place: Path) -> tuple[list[Any], dict[str, Any]]:
-    """Caches and content of a file that was checked."""
-    from mlx_lm.models.cache import load_prompt_cache
-
-    try:
-        cache, metadata = load_prompt_cache(str(place), return_metadata=True)
-        content = json.loads(metadata[KEY])
-    except Exception as error:  # whatever a file of any kind does to the reader
+def _content(meta: dict[str, Any], place: Path) -> dict[str, Any]:
+    """What a file says of a conversation."""
+    content = meta.get(KEY)
+    if not isinstance(content, dict):
         raise ValueError(
-            f"[load] damaged, or not a saved conversation; got {place} ({_line(error)}); try a file that /save wrote"
-        ) from error
+            f"[load] a saved cache without a conversation; got {str(place)!r}; try a file that /save wrote"
+        )
     if content.get("version") != VERSION:
         raise ValueError(f"[load] of another version; got {content.get('version')}; try to save it again with this one")
-    if content["digest"] != _digest(cache):
-        raise ValueError(f"[load] damaged; got {place}, whose contents do not match its checksum; try another file")
-    return cache, content
+    return content
 
 
-def _content(talk: Conversation) -> dict[str, Any]:
-    return {
-        "version": VERSION,
-        "model": fingerprint(talk.model),
-        "settings": talk.settings.to_json(),
-        "messages": talk.messages,
-        "tokens": talk.tokens,
-        "marks": talk.marks,
-        "seen": talk.seen,
-        "digest": _digest(talk.cache),
-    }
+def _caches(arrays: dict[str, Any], meta: dict[str, Any], model: Any, bounded: bool) -> list[Any]:
+    """The caches of a file; also those of the policy ``full``, which ``unpack`` refuses: none of them is bounded."""
+    if bounded:
+        return unpack(arrays, meta, model)
+    from mlx.utils import tree_unflatten
+    from mlx_lm.models import cache as theirs
+
+    if meta["model"] != model_id(model):
+        raise ValueError(f"[load] saved with another model; got {meta['model']}; try it with that model")
+    states: Any = tree_unflatten([*arrays.items(), *meta["others"].items()])
+    return [getattr(theirs, name).from_state(state) for name, state in zip(meta["classes"], states, strict=True)]
 
 
 def _place(path: str) -> Path:
@@ -92,36 +82,10 @@ def _place(path: str) -> Path:
     return place if place.suffix == SUFFIX else place.with_name(place.name + SUFFIX)
 
 
-def fingerprint(model: Any) -> str:
-    """What tells one model from another: its type, the shapes of its weights, and the smallest of them."""
-    import mlx.core as mx
-    from mlx.utils import tree_flatten
-
-    weights = sorted(tree_flatten(model.parameters()), key=lambda item: (item[1].size, item[0]))
-    shapes = [(name, list(array.shape), str(array.dtype)) for name, array in weights]
-    digest = hashlib.sha256(json.dumps(shapes).encode())
-    for _, array in weights[:8]:
-        digest.update(json.dumps(array.astype(mx.float32).flatten()[:4096].tolist()).encode())
-    return f"{getattr(model, 'model_type', type(model).__name__)}-{digest.hexdigest()[:12]}"
-
-
-def _digest(cache: list[Any]) -> str:
-    """SHA-256 of everything that the caches hold."""
-    import mlx.core as mx
-    import numpy as np
-    from mlx.utils import tree_flatten
-
-    digest = hashlib.sha256()
-    for name, leaf in tree_flatten([c.state for c in cache]):
-        digest.update(str(name).encode())
-        if isinstance(leaf, mx.array):
-            data = np.array(mx.contiguous(leaf).view(mx.uint8)) if leaf.size and leaf.ndim else np.array(leaf.tolist())
-            digest.update(data.tobytes())
-        else:
-            digest.update(repr(leaf).encode())
-    return digest.hexdigest()
-
-
-def _line(error: Exception) -> str:
-    text = str(error).strip() or type(error).__name__
-    return f"{type(error).__name__}: {text}".splitlines()[0][:120]
+@contextmanager
+def _named(command: str) -> Iterator[None]:
+    """Errors of files are errors of a command here."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(str(error).replace("[cache-file]", f"[{command}]", 1)) from error

@@ -10,7 +10,7 @@ from types import FrameType
 from typing import Any
 
 from mlx_kvprune.cli.options import SamplingOptions
-from mlx_kvprune.cli.output import capacity
+from mlx_kvprune.cli.output import capacity, slots_held
 from mlx_kvprune.progress import Bar
 
 PATIENCE = 3  # Ctrl-C pressed this often means now
@@ -98,10 +98,8 @@ class Prefilling:
 
 def fill_of(cache: list[Any]) -> str:
     """How full the caches are, for a progress bar."""
-    from mlx_kvprune.forward import pruned
-
-    cap, bounded = capacity(cache), pruned(cache)
-    return f", cache {bounded[0].size():,} of {cap:,} slots" if cap is not None and bounded else ""
+    cap = capacity(cache)
+    return "" if cap is None else f", cache {slots_held(cache):,} of {cap:,} slots"
 
 
 def stream(

@@ -63,6 +63,23 @@ def test_comparison_with_other_policies(tiny, fable):
     assert [c["policy"] for c in fields["compared"]] == ["window"]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--kv-bits", "4", "--allocator", "pyramid", "--policy", "probe"],
+        ["--kv-bits", "3", "--allocator", "head_adaptive", "--policy", "snapkv", "--positions", "cache"],
+        ["--kv-bits", "2", "--kv-fine-tokens", "32", "--policy", "knorm", "--turn-floor", "0"],
+    ],
+)
+def test_few_bits_beside_the_full_cache(tiny, fable, options):
+    ask = ["ask", fable, "-q", "Who woke?", "--model", str(tiny), "--budget", "400", "--max-tokens", "5", "--json"]
+    found = last_json(run(*ask, *options, "--compare", "full"))
+    (full,) = found["compared"]
+    assert found["tokens_seen"] == full["tokens_seen"] > 900
+    assert found["kv_bytes"] < full["kv_bytes"] / 3
+    assert found["kv_bytes_full"] == full["kv_bytes_full"]
+
+
 def test_standard_input_and_several_files(tiny, fable, tmp_path):
     second = tmp_path / "second.md"
     second.write_text("# Second\n\nThe fox ran.")

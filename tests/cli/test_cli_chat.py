@@ -13,6 +13,8 @@ import pexpect
 import pytest
 from cli_helpers import ENVIRONMENT, run
 
+from mlx_kvprune import session_file
+
 ENDLESS = ("--max-tokens", "100000", "--budget", "128")
 
 
@@ -78,6 +80,19 @@ def test_on_a_terminal(tiny, start, tmp_path):
     assert child.wait() == 0
 
 
+def test_saved_and_loaded_with_few_bits(tiny, tmp_path):
+    options = ["--model", str(tiny), "-m", "30", "--budget", "160", "--kv-bits", "4", "--allocator", "head_adaptive"]
+    talk, lines = tmp_path / "talk", "Hello there\nAnd then?\n"
+    first = run("chat", *options, stdin=f"{lines}/save {talk}\nWhy?\n")
+    assert first.returncode == 0, first.stderr
+    assert re.search(r"policy window, budget 160, 4 bits\. /help", first.stderr)
+    assert re.search(r"saved .*talk\.safetensors \(.*, 2 exchanges\)", first.stderr)
+    again = run("chat", "--model", str(tiny), "-m", "30", stdin=f"/load {talk}\nWhy?\n/stats\n")
+    assert "(2 exchanges; policy window, budget 160, 4 bits)" in again.stderr
+    assert "allocator head_adaptive" in again.stderr
+    assert again.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]
+
+
 def test_mistakes_cost_nothing(tiny, start, tmp_path):
     (tmp_path / "bad.safetensors").write_bytes(b"hello")
     child = start(tiny, "-m", "10")
@@ -86,7 +101,7 @@ def test_mistakes_cost_nothing(tiny, start, tmp_path):
     for line, answer in (
         ("/rewnd", r"\[chat\] no such command; got '/rewnd'; try /rewind"),
         ("/xyzzy", "try /help"),
-        (f"/load {tmp_path / 'bad'}", r"\[load\] damaged, or not a saved conversation; got .*; try"),
+        (f"/load {tmp_path / 'bad'}", r"\[load\] damaged, or not a saved cache; got .*; try"),
         (f"/load {tmp_path / 'none'}", r"\[load\] no such file; got .*; try"),
         ("/load", "which file; got none"),
         ("/save", "where to; got nothing"),
@@ -158,8 +173,8 @@ def test_file_goes_in_with_the_next_message(tiny, start, tmp_path):
     ask(child, f"/save {tmp_path}/talk", "saved")
     child.sendline("/quit")
     child.expect(pexpect.EOF)
-    data = (tmp_path / "talk.safetensors").read_bytes()
-    assert rb"alpha beta\\n\\nQ" in data or rb"alpha beta\\\\n\\\\nQ" in data
+    messages = session_file.read(tmp_path / "talk.safetensors")[1]["chat"]["messages"]
+    assert "alpha beta\n\nQ" in messages[0]["content"]
 
 
 def test_context_that_is_full(short, start):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import mlx.core as mx
 import pytest
 from cli_helpers import ENVIRONMENT, run
 
@@ -25,12 +26,50 @@ EARLY = [  # found out before a model is loaded
     ("generate --prompt x --budget lots", r"\[budget\] not a budget; got 'lots'; try 512"),
     ("generate --prompt x --budget -5", r"\[budget\] not a budget; got '-5'; try 512"),
     ("generate --prompt x --budget 10", r"\[budget\] too small .* got 10 tokens per KV head; try 101 or more"),
-    ("generate --prompt x --kv-bits 4", r"\[kv-bits\] quantized storage is not in this version; got 4; try"),
-    ("generate --prompt x --kv-key-bits 4", r"\[kv-key-bits\] quantized storage is not in this version; got 4; try"),
-    ("generate --prompt x --kv-group-size 32", r"\[kv-group-size\] quantized storage is not in this version"),
+    ("generate --prompt x --kv-bits 7", r"\[kv-bits\] .*; got 7; try one of: 8, 6, 5, 4, 3, 2"),
+    ("generate --prompt x --kv-key-bits 16", r"\[kv-key-bits\] .*; got 16; try one of: 8"),
+    ("generate --prompt x --kv-value-bits 1", r"\[kv-value-bits\] .*; got 1; try one of: 8"),
+    ("generate --prompt x --kv-bits four", r"invalid value for '--kv-bits'"),
+    ("generate --prompt x --kv-bits 4 --kv-group-size 48", r"\[kv-group-size\] .*; got 48; try one of: 32, 64, 128"),
+    ("generate --prompt x --kv-bits 4 --kv-scheme foo", r"\[kv-scheme\] .*; got 'foo'; try one of: auto, token"),
+    (
+        "generate --prompt x --kv-bits 4 --kv-scheme page --kv-fine-tokens 9",
+        r"\[kv-scheme\] pages .*; got 'page' with --kv-fine-tokens 9; try --kv-scheme channel",
+    ),
+    ("generate --prompt x --kv-bits 4 --kv-fine-tokens -1", r"\[kv-fine-tokens\] must be a whole number .*got -1; try"),
+    ("generate --prompt x --kv-bits 4 --kv-fine-tokens 9 --kv-fine-bits 7", r"\[kv-fine-bits\] .*; got 7; try"),
+    (
+        "generate --prompt x --kv-bits 4 --budget 110 --kv-scheme page",
+        r"\[budget\] too small .* got 110 tokens .* try 132 or more",
+    ),
+    (
+        "generate --prompt x --kv-bits 4 --budget 110 --kv-fine-tokens 64",
+        r"\[budget\] too small .* got 110 tokens .* try 165 or more",
+    ),
+    ("generate --prompt x --budget 110 --allocator global", r"\[budget\] too small .* got 110 tokens"),
+    (
+        "generate --prompt x --kv-scheme channel",
+        r"\[kv-scheme\] would have no effect; got channel; try it with --kv-bits",
+    ),
+    (
+        "generate --prompt x --kv-group-size 32",
+        r"\[kv-group-size\] would have no effect; got 32; try it with --kv-bits",
+    ),
+    ("generate --prompt x --no-kv-hadamard", r"\[kv-hadamard\] would have no effect; got False; try it with --kv-bits"),
+    ("generate --prompt x --kv-bits 4 --kv-fine-bits 8", r"no effect; got 8; try it with --kv-fine-tokens 64"),
+    ("generate --prompt x --policy full --kv-bits 4", r"\[kv-bits\] would have no effect; got 4; try another policy"),
+    ("generate --prompt x --policy full --positions cache", r"\[positions\] would have no effect; got cache; try"),
+    ("generate --prompt x --head-floor 0.5", r"\[head-floor\] would have no effect; got 0.5; try it with --allocator"),
+    (
+        "generate --prompt x --allocator global --head-floor 2",
+        r"\[head-floor\] must be a share from 0 to 1; got 2.0; try",
+    ),
+    ("chat --turn-floor -1", r"\[turn-floor\] must be a share from 0 to 1; got -1.0; try"),
     ("generate --prompt x --store tokens", r"\[store\] not in this version; got 'tokens'; try one of: kv"),
-    ("generate --prompt x --positions cache", r"\[positions\] not in this version; got 'cache'; try one of: text"),
-    ("generate --prompt x --allocator pyramid", r"\[allocator\] not in this version; got 'pyramid'; try"),
+    ("generate --prompt x --positions there", r"\[positions\] .*; got 'there'; try one of: text, cache"),
+    ("generate --prompt x --allocator pyramids", r"\[allocator\] .*; got 'pyramids'; try one of: uniform, pyramid"),
+    ("exec --kv-bits 7 -- mlx_lm.generate", r"\[kv-bits\] .*; got 7; try"),
+    ("ask x.txt -q y --kv-bits 7", r"\[kv-bits\] .*; got 7; try"),
     ("generate --prompt x --sinks -1", r"\[sinks\] must be a whole number of at least 0; got -1; try"),
     ("generate --prompt x --policy snapkv --policy-option kernle=3", r"no such option; got 'kernle'; try kernel=5"),
     ("generate --prompt x --policy snapkv --policy-option kernel=x", r"must be a whole number; got 'x'; try kernel=5"),
@@ -45,7 +84,10 @@ EARLY = [  # found out before a model is loaded
     ("exec", r"\[exec\] no command; got none; try"),
     ("exec -- mlx_lm.serve", r"\[exec\] not a verb .*; got 'mlx_lm.serve'; try mlx_lm.server"),
     ("exec -- ls", r"\[exec\] not a verb .*; got 'ls'; try mlx_lm\."),
-    ("exec -- mlx_lm.generate --kv-bits 4", r"--kv-bits has no effect .*; got '--kv-bits'; try --budget"),
+    (
+        "exec -- mlx_lm.generate --kv-bits 4",
+        r"--kv-bits has no effect .*; got '--kv-bits'; try --kv-bits before the `--`",
+    ),
     ("exec -- mlx_lm.generate --max-kv-size=9", r"--max-kv-size has no effect .*; got '--max-kv-size=9'; try"),
     ("exec -- mlx_lm.server --draft-model x", r"--draft-model has no effect .*; try without it"),
 ]
@@ -105,6 +147,12 @@ def test_failure_of_ours(capsys, monkeypatch):
     assert printed.err == (
         "mlx-kvprune: [failure] RuntimeError: it broke in two lines; try again with --debug for the traceback\n"
     )
+
+
+def test_an_error_of_mlx_is_a_failure_of_ours(capsys, monkeypatch):
+    monkeypatch.setattr("mlx_kvprune.cli.generate.read_prompt", lambda _: mx.zeros(3).reshape(2))
+    assert cli.main([*SAY]) == 1
+    assert_one_line(capsys.readouterr().err, r"\[failure\] ValueError: \[reshape\] .*; try again with --debug")
 
 
 @pytest.mark.parametrize("words", [["--debug", *SAY], [*SAY, "--debug"], [*SAY]])

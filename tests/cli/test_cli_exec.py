@@ -14,6 +14,7 @@ from collections.abc import Iterator
 import pytest
 from cli_helpers import ENVIRONMENT, run
 
+from mlx_kvprune import rebind
 from mlx_kvprune.attach import attachment_of, settings_from
 from mlx_kvprune.cli import exec_
 
@@ -84,14 +85,40 @@ def test_generate(tiny):
     assert done.stdout.strip("\n") == json.loads(ours.stdout)["text"].strip("\n")
 
 
-def test_prompt_cache_goes_from_one_verb_to_another(tiny, tmp_path):
-    cache = str(tmp_path / "cache.safetensors")
+@pytest.mark.parametrize(
+    "options",
+    [
+        "",
+        "--kv-bits 4",
+        "--kv-bits 3 --allocator head_adaptive --policy knorm --positions cache",
+        "--kv-bits 4 --kv-scheme page --allocator global",
+        "--kv-bits 4 --kv-fine-tokens 16 --policy snapkv",
+    ],
+)
+def test_prompt_cache_goes_from_one_verb_to_another(options, tiny, tmp_path):
+    from mlx_lm.models.cache import load_prompt_cache
+
+    cache, given = str(tmp_path / "cache.safetensors"), ("--budget", "160", *options.split())
     words = ("--model", str(tiny), "--prompt-cache-file", cache)
-    made = run("exec", "--budget", "128", "--", "mlx_lm.cache_prompt", *words, "--prompt", "b" * 300)
+    made = run("exec", *given, "--", "mlx_lm.cache_prompt", *words, "--prompt", "b" * 300)
     assert made.returncode == 0, made.stderr
-    used = run("exec", "--budget", "128", "--", "mlx_lm.generate", *words, "--prompt", "c", "-m", "20")
+    used = run("exec", *given, "--", "mlx_lm.generate", *words, "--prompt", "c", "-m", "20")
     assert used.returncode == 0, used.stderr
     assert "Generation: 20 tokens" in used.stdout
+    rebind.register()
+    held = load_prompt_cache(cache)
+    assert all(c.settings.key_bits == (int(given[3]) if options else None) for c in held)
+    assert sum(c.held.held() for c in held) <= 160 * 2 * 2
+
+
+def test_quantized_generate(tiny):
+    """Our options before the ``--`` reach the caches of mlx-lm's verb: the same text as our own ``generate``."""
+    options = ("--budget", "160", "--kv-bits", "2", "--allocator", "head_adaptive", "--policy", "knorm")
+    words = ("--model", str(tiny), "--prompt", "a" * 300, "--max-tokens", "40")
+    texts = {run("exec", *options, "--", "mlx_lm.generate", *words, "--verbose", "F").stdout.strip("\n")}
+    texts |= {json.loads(run("generate", *options, *words, "--json").stdout)["text"].strip("\n")}
+    assert len(texts) == 1
+    assert texts != {json.loads(run("generate", *options[:2], *words, "--json").stdout)["text"].strip("\n")}
 
 
 def test_usage_error_of_mlx_lm(tiny):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import mlx.core as mx
 import pytest
@@ -64,6 +65,33 @@ def uncompiled():
         ["--temp", "0.8", "--top-p", "0.9", "--min-p", "0.01", "--top-k", "20", "--seed", "3"],
         ["--prefill-step-size", "7", "--sinks", "2", "--window", "32"],
         ["--dtype", "float32"],
+        ["--allocator", "pyramid"],
+        ["--allocator", "head_adaptive", "--policy", "knorm"],
+        ["--allocator", "global", "--policy", "knorm", "--head-floor", "0.5"],
+        ["--positions", "cache"],
+        ["--turn-floor", "0.9", "--store", "kv"],
+        ["--kv-bits", "4", "--kv-group-size", "32"],
+        ["--kv-key-bits", "8", "--kv-value-bits", "2"],
+        ["--kv-value-bits", "5", "--kv-hadamard"],
+        ["--kv-bits", "3", "--no-kv-hadamard", "--kv-scheme", "token"],
+        ["--kv-bits", "6", "--kv-scheme", "page"],
+        ["--kv-bits", "4", "--kv-fine-tokens", "16"],
+        ["--kv-bits", "2", "--kv-scheme", "channel", "--kv-fine-tokens", "16", "--kv-fine-bits", "8"],
+        ["--kv-bits", "4", "--allocator", "head_adaptive", "--positions", "cache"],
+        [
+            "--kv-bits",
+            "4",
+            "--allocator",
+            "global",
+            "--policy",
+            "snapkv",
+            "--positions",
+            "cache",
+            "--kv-scheme",
+            "page",
+        ],
+        ["--kv-bits", "4", "--allocator", "pyramid", "--policy", "h2o", "--kv-fine-tokens", "16"],
+        ["--kv-bits", "8", "--policy", "surprise", "--allocator", "head_adaptive", "--kv-fine-tokens", "16"],
     ],
 )
 def test_options(extra, tiny, capsys):
@@ -84,6 +112,70 @@ def test_policy_that_keeps_everything_answers_as_mlx_lm_does(tiny, capsys):
     for extra in (["--policy", "full"], ["--budget", "4096"]):
         assert cli.main(["generate", "--model", str(tiny), "-p", "Hello", "-m", "60", *extra]) == 0
         assert capsys.readouterr().out == expected + "\n"
+
+
+SMALL = ["--prompt", "b" * 400, "-m", "8", "--budget", "160", "--json"]
+
+
+@pytest.mark.parametrize(
+    ("options", "settings"),
+    [
+        (
+            "--kv-key-bits 8 --kv-value-bits 2 --kv-group-size 32",
+            {"kv_key_bits": 8, "kv_value_bits": 2, "kv_group_size": 32},
+        ),
+        ("--kv-bits 4 --kv-scheme page --kv-hadamard", {"kv_bits": 4, "kv_scheme": "page", "kv_hadamard": True}),
+        ("--kv-bits 2 --kv-fine-tokens 9 --kv-fine-bits 8", {"kv_bits": 2, "kv_fine_tokens": 9, "kv_fine_bits": 8}),
+        (
+            "--allocator global --head-floor 0.1 --turn-floor 0",
+            {"allocator": "global", "head_floor": 0.1, "turn_floor": 0},
+        ),
+        (
+            "--positions cache --store kv --sinks 2 --seed 3",
+            {"positions": "cache", "store": "kv", "n_sink": 2, "seed": 3},
+        ),
+    ],
+)
+def test_options_reach_the_cache(options, settings, tiny, capsys, monkeypatch):
+    from mlx_kvprune.cli import generate
+
+    made = []
+    original = generate.caches
+    monkeypatch.setattr(generate, "caches", lambda *given: made.append(original(*given)) or made[-1])
+    assert cli.main(["generate", "--model", str(tiny), *SMALL, *options.split()]) == 0
+    assert len(made[0]) == 2
+    for cache in made[0]:
+        assert {name: getattr(cache.settings, name) for name in settings} == settings
+
+
+def test_fewer_bits_hold_fewer_bytes_in_as_many_slots(tiny, capsys):
+    held = []
+    for bits in ([], ["--kv-bits", "8"], ["--kv-bits", "2"]):
+        assert cli.main(["generate", "--model", str(tiny), *SMALL, *bits]) == 0
+        held.append(json.loads(capsys.readouterr().out))
+    assert held[0]["kv_bytes"] > held[1]["kv_bytes"] > held[2]["kv_bytes"]
+    assert len({found["slots_held"] for found in held}) == 1
+    assert len({found["kv_bytes_full"] for found in held}) == 1
+
+
+def test_heads_that_differ_are_told_on_average(tiny, capsys):
+    options = ["--allocator", "global", "--policy", "knorm", "--head-floor", "0", "--budget", "224"]
+    assert cli.main(["generate", "--model", str(tiny), "-p", "b" * 900, "-m", "8", *options]) == 0
+    line = capsys.readouterr().err.splitlines()[0]
+    found = re.search(r"(\d+) of (\d+) slots per KV head on average, (\d+) at most", line)
+    assert found is not None
+    held, cap, most = map(int, found.groups())
+    assert held <= cap == 224
+    assert most >= held
+
+
+def test_positions_in_the_cache_read_past_the_trained_context(short, capsys):
+    words = ["generate", "--model", str(short), "--prompt", "b" * 400, "-m", "8", "--json"]
+    for extra in (["--budget", "128"], ["--budget", "400", "--positions", "cache"], ["--policy", "full"]):
+        assert cli.main([*words, *extra]) == 2
+        assert "the limit is 300" in capsys.readouterr().err
+    assert cli.main([*words, "--budget", "128", "--positions", "cache"]) == 0
+    assert json.loads(capsys.readouterr().out)["tokens_seen"] > 400
 
 
 def test_policies(capsys):

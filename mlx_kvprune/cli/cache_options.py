@@ -1,0 +1,288 @@
+"""Options that say what the cache is to be, the same for all verbs, and the settings that come of them."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Annotated, Any
+
+from mlx_kvprune.cli.options import option
+from mlx_kvprune.settings import CacheSettings
+
+if TYPE_CHECKING:
+    import mlx.nn as nn
+
+CACHE, BITS = "Cache", "Quantized storage"  # panels of --help
+
+Policy = Annotated[
+    str, option("--policy", panel=CACHE, metavar="NAME", help="What is kept when the cache is full; see `policies`.")
+]
+Budget = Annotated[
+    str,
+    option(
+        "--budget",
+        panel=CACHE,
+        metavar="SIZE",
+        help="The most that is held: 512 (tokens per KV head), or 64MB (bytes of all layers together).",
+    ),
+]
+Allocator = Annotated[
+    str,
+    option(
+        "--allocator",
+        panel=CACHE,
+        metavar="NAME",
+        help="How the budget is shared: uniform; pyramid (less in later layers); head_adaptive (the heads of a layer "
+        "compete); global (all heads of all layers do).",
+    ),
+]
+HeadFloor = Annotated[
+    float,
+    option(
+        "--head-floor",
+        panel=CACHE,
+        metavar="X",
+        help="With head_adaptive and global: the share of an equal budget that every head keeps.",
+    ),
+]
+TurnFloor = Annotated[
+    float,
+    option(
+        "--turn-floor",
+        panel=CACHE,
+        metavar="X",
+        help="In a conversation: the share of the cache that earlier turns keep, in equal parts.",
+    ),
+]
+Sinks = Annotated[
+    int, option("--sinks", panel=CACHE, metavar="N", help="First tokens of the text that are never evicted.")
+]
+Window = Annotated[
+    int | None,
+    option(
+        "--window", panel=CACHE, metavar="N", help="Newest tokens that are never evicted. Default: the policy's, 64."
+    ),
+]
+PolicyOption = Annotated[
+    list[str] | None,
+    option(
+        "--policy-option",
+        panel=CACHE,
+        metavar="NAME=VALUE",
+        help="A hyper-parameter of the policy, as `policies` lists them; may be given several times.",
+    ),
+]
+Positions = Annotated[
+    str,
+    option(
+        "--positions",
+        panel=CACHE,
+        metavar="MODE",
+        help="text: a kept token stays at its place in the text. cache: it moves up, so that the text may be longer than "
+        "the model was trained for.",
+    ),
+]
+Store = Annotated[str, option("--store", panel=CACHE, metavar="MODE", help="What is stored: kv (keys and values).")]
+KVBits = Annotated[
+    int | None,
+    option(
+        "--kv-bits",
+        panel=BITS,
+        metavar="N",
+        help="Bits of stored keys and values: 8, 6, 5, 4, 3 or 2. The newest tokens stay as the model made them. "
+        "Default: all do.",
+    ),
+]
+KVKeyBits = Annotated[
+    int | None, option("--kv-key-bits", panel=BITS, metavar="N", help="Bits of keys. Default: --kv-bits.")
+]
+KVValueBits = Annotated[
+    int | None, option("--kv-value-bits", panel=BITS, metavar="N", help="Bits of values. Default: --kv-bits.")
+]
+KVGroupSize = Annotated[
+    int, option("--kv-group-size", panel=BITS, metavar="N", help="Numbers that share a scale: 32, 64 or 128.")
+]
+KVScheme = Annotated[
+    str,
+    option(
+        "--kv-scheme",
+        panel=BITS,
+        metavar="NAME",
+        help="How keys are quantized: token (each by itself), channel (outlying channels scaled first), page (32 tokens "
+        "share scales by channel), auto.",
+    ),
+]
+KVHadamard = Annotated[
+    bool | None,
+    option(
+        "--kv-hadamard/--no-kv-hadamard",
+        panel=BITS,
+        help="Rotate keys and values by a Hadamard matrix first, which spreads outliers. Default: with 3 bits and fewer.",
+    ),
+]
+KVFineTokens = Annotated[
+    int,
+    option(
+        "--kv-fine-tokens",
+        panel=BITS,
+        metavar="N",
+        help="Tokens per KV head, out of the budget: so many of the best are stored in a finer precision.",
+    ),
+]
+KVFineBits = Annotated[
+    int | None,
+    option("--kv-fine-bits", panel=BITS, metavar="N", help="Bits of those. Default: as the model made them."),
+]
+
+
+@dataclass(frozen=True)
+class CacheOptions:
+    """What the cache is to be; see ``settings_of``."""
+
+    policy: Policy = "window"
+    budget: Budget = "1024"
+    allocator: Allocator = "uniform"
+    head_floor: HeadFloor = 0.2
+    turn_floor: TurnFloor = 0.5
+    sinks: Sinks = 4
+    window: Window = None
+    policy_option: PolicyOption = None
+    positions: Positions = "text"
+    store: Store = "kv"
+    kv_bits: KVBits = None
+    kv_key_bits: KVKeyBits = None
+    kv_value_bits: KVValueBits = None
+    kv_group_size: KVGroupSize = 64
+    kv_scheme: KVScheme = "auto"
+    kv_hadamard: KVHadamard = None
+    kv_fine_tokens: KVFineTokens = 0
+    kv_fine_bits: KVFineBits = None
+
+
+BIT_FIELDS = ("kv_bits", "kv_key_bits", "kv_value_bits")
+NOT_FIELDS = ("sinks", "policy_option")  # of ``CacheSettings``: these have another name or form there
+
+
+def settings_of(options: CacheOptions, seed: int = 0, **more: Any) -> CacheSettings:
+    """The settings that the options ask for; ``more`` are further fields of ``CacheSettings``.
+
+    Raises:
+        ValueError: unknown policy or option, a nonsensical value, or an option that would have no effect.
+    """
+    from mlx_kvprune.attach import settings_from
+
+    named = {f.name: getattr(options, f.name) for f in fields(CacheOptions) if f.name not in NOT_FIELDS}
+    chosen = policy_options(options.policy, options.policy_option or [])
+    settings = settings_from(**named, n_sink=options.sinks, seed=seed, options=chosen, **more)
+    for name, value, why in without_effect(settings):
+        raise ValueError(f"[{name.replace('_', '-')}] would have no effect; got {value}; try {why}")
+    check_budget(settings)
+    return settings
+
+
+def without_effect(settings: CacheSettings) -> Iterator[tuple[str, Any, str]]:
+    """Fields that were set but change nothing beside the others: name, value, and what to do."""
+    from mlx_kvprune.policy import find
+
+    full = find(settings.policy).scorer is None
+    quantized = settings.key_bits is not None or settings.value_bits is not None
+    for names, idle, why in (
+        (BIT_FIELDS, full, "another policy: full is mlx-lm's own cache, as the model makes it"),
+        (("positions", "allocator"), full, "another policy: full is mlx-lm's own cache"),
+        (("kv_scheme", "kv_group_size", "kv_hadamard", "kv_fine_tokens"), not quantized, "it with --kv-bits 4"),
+        (("kv_fine_bits",), not settings.kv_fine_tokens, "it with --kv-fine-tokens 64"),
+        (("head_floor",), not settings.ragged, "it with --allocator head_adaptive"),
+    ):
+        for name in names if idle else ():
+            if getattr(settings, name) != CacheSettings.__dataclass_fields__[name].default:
+                yield name, getattr(settings, name), why
+
+
+def described(settings: CacheSettings) -> str:
+    """Settings in a few words, for people."""
+    text = f"policy {settings.policy}, budget {settings.budget}"
+    bits = dict.fromkeys(str(bits or "all") for bits in (settings.key_bits, settings.value_bits))
+    return text if list(bits) == ["all"] else f"{text}, {' and '.join(bits)} bits"
+
+
+def check_budget(settings: CacheSettings) -> None:
+    """Say before the model is loaded that a budget in tokens is too small."""
+    from mlx_kvprune.policy import find
+
+    if settings.budget.tokens is not None and find(settings.policy).scorer is not None:
+        settings.check_tokens(settings.budget.tokens)
+
+
+def policy_options(policy: str, texts: list[str]) -> dict[str, Any]:
+    """``["kernel=7", "pooling=max"]`` as hyper-parameters of the policy, each in the type of its default."""
+    from mlx_kvprune.policy import find
+    from mlx_kvprune.scorers.base import options_of
+
+    scorer = find(policy).scorer
+    known = options_of(scorer) if scorer is not None else {}
+    found = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        name = name.strip().replace("-", "_")
+        if not equals or not name:
+            raise ValueError(f"[policy-option] not NAME=VALUE; got {text!r}; try one of: {_spelled(known)}")
+        if name not in known:
+            raise ValueError(_no_such_option(policy, name, known))
+        found[name] = _converted(name, value.strip(), known[name])
+    return found
+
+
+def _no_such_option(policy: str, name: str, known: dict[str, Any]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f"{near[0]}={known[near[0]]}" if near else f"one of: {_spelled(known)}"
+    return f"[policy-option] {policy} has no such option; got {name!r}; try {hint}"
+
+
+def _spelled(known: dict[str, Any]) -> str:
+    return ", ".join(f"{name}={value}" for name, value in known.items()) or "none, this policy has no options"
+
+
+def _converted(name: str, text: str, default: Any) -> Any:
+    """``text`` in the type of ``default``."""
+    try:
+        if isinstance(default, bool):
+            return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
+        if isinstance(default, int | float):
+            return type(default)(text)
+        return text if isinstance(default, str) else json.loads(text)
+    except (KeyError, ValueError):
+        kind = {bool: "true or false", int: "a whole number", float: "a number"}.get(type(default), "a JSON value")
+        raise ValueError(f"[policy-option] {name} must be {kind}; got {text!r}; try {name}={default}") from None
+
+
+def caches(model: nn.Module, settings: CacheSettings) -> list[Any]:
+    """Caches of one conversation with these settings.
+
+    Raises:
+        ValueError: the model cannot be bounded, or the budget is too small for it.
+    """
+    from mlx_kvprune.attach import make_cache
+
+    return make_cache(model, **fields_of(settings))
+
+
+def fields_of(settings: CacheSettings) -> dict[str, Any]:
+    """The settings as the keyword arguments of ``attach`` and ``make_cache``."""
+    return {field.name: getattr(settings, field.name) for field in fields(settings)}
+
+
+def context_limit(model: nn.Module, cache: list[Any]) -> int | None:
+    """The longest text in tokens that the model can read into these caches, or None if any length will do.
+
+    It is the model's trained context, unless positions are those in the cache and stay below it.
+    """
+    from mlx_kvprune.context import trained_context
+    from mlx_kvprune.forward import pruned
+
+    limit, bounded = trained_context(model), pruned(cache)
+    if limit is None or not bounded:
+        return limit
+    ranked = all(c.settings.positions == "cache" and c.slots is not None and c.slots <= limit for c in bounded)
+    return None if ranked else limit
