@@ -90,9 +90,7 @@ def attach(
     attachment.settings = wanted
     model.make_cache = functools.partial(make_from_settings, model, wanted)  # type: ignore[attr-defined]
     if not quiet:
-        print(
-            f"[mlx-kvprune] {_type_of(model)}: {attachment}; policy {policy}, budget {wanted.budget}", file=sys.stderr
-        )
+        print(f"[mlx-kvprune] {_type_of(model)}: {attachment}; {wanted.described()}", file=sys.stderr)
     return attachment
 
 
@@ -134,9 +132,9 @@ def make_from_settings(model: nn.Module, settings: CacheSettings) -> list[Any]:
     """The model's own list of caches, every plain ``KVCache`` replaced by a bounded one."""
     attachment: Attachment = model.__dict__[SLOT]
     policy, settings = policy_for(settings)
+    slots, dense = slots_for(model, settings), attachment.rung.name == "uniform"
     if policy.scorer is None:
         return _stock_caches(model)
-    slots, dense = slots_for(model, settings), attachment.rung.name == "uniform"
     most_heads = max(layer.shape.n_kv_heads for layer in attachment.rung.layers)
     identity = model_id(model)
 
@@ -179,6 +177,7 @@ def slots_for(model: nn.Module, settings: CacheSettings) -> list[int] | None:
     attachment: Attachment = model.__dict__[SLOT]
     policy, settings = policy_for(settings)
     if policy.scorer is None:
+        _check_full(settings)
         return None
     _check_policy(attachment.rung, policy, settings)
     if settings.positions == "cache" and (reason := cannot_rank(model)):
@@ -255,6 +254,19 @@ def _named_after(parent: type, call: Callable[..., Any]) -> type:
     return type(parent.__name__, (parent,), names)
 
 
+def _check_full(settings: CacheSettings) -> None:
+    """Refuse what mlx-lm's own cache would ignore."""
+    default = CacheSettings()
+    for name in ("kv_bits", "kv_key_bits", "kv_value_bits", "allocator"):
+        if getattr(settings, name) != getattr(default, name):
+            raise ValueError(
+                f"[{name.replace('_', '-')}] policy full is mlx-lm's own cache; got {getattr(settings, name)}; "
+                "try another policy"
+            )
+    if settings.positions == "cache":
+        raise ValueError("[positions] policy full is mlx-lm's own cache; got cache; try another policy")
+
+
 def _check_policy(rung: Rung, policy: Policy, settings: CacheSettings) -> None:
     assert policy.scorer is not None
     needs = policy.scorer.needs
@@ -277,8 +289,8 @@ def _check_policy(rung: Rung, policy: Policy, settings: CacheSettings) -> None:
 
 
 def cannot_rank(model: nn.Module) -> str:
-    """Why an attached model cannot have positions in the cache; empty if it can. Tried once."""
-    attachment: Attachment = model.__dict__[SLOT]
+    """Why a model cannot have positions in the cache; empty if it can. Tried once; the hook is put in for it."""
+    attachment = hooked(model)
     if attachment.unranked is None:
         attachment.unranked = _try_ranks(model, attachment.rung)
     return attachment.unranked

@@ -423,8 +423,8 @@ class PrunedKVCache:
         return pool.limit
 
     def evictable(self) -> mx.array:
-        """Which slots are neither sinks nor in the window, as the first head holds them ``(B, 1, S)``."""
-        positions, settings = self.held.positions().max(axis=1, keepdims=True), self.settings
+        """Which slots are neither sinks nor in the window ``(B, H_kv, S)``."""
+        positions, settings = self.held.positions(), self.settings
         newest = self.held.written - (settings.window or 0)
         return (positions >= settings.n_sink) & (positions < newest)
 

@@ -46,22 +46,23 @@ def placed(model: Any, settings: CacheSettings, prompt_tokens: int, max_tokens: 
     """
     limit = trained_context(model)
     fits = limit is None or prompt_tokens + max_tokens <= limit
-    if settings.positions == "cache" or (fits and settings.positions == "text"):
-        return settings
     if fits:
-        return settings.but(positions="text")
+        return settings.but(positions="text") if settings.positions == "auto" else settings
+    assert limit is not None
     if settings.positions == "text":
         reason = "positions are those of the text"
     elif settings.policy == "full":
         reason = "policy full keeps everything"
+    elif settings.budget.nbytes is None and (settings.budget.tokens or limit + 1) > limit:
+        reason = f"the budget of {settings.budget} leaves room for more than it"
     else:
         reason = cannot_rank(model)
     if not reason:
         return settings.but(positions="cache")
-    assert limit is not None
     room = limit - prompt_tokens
     hint = f"--max-tokens {room} or less" if 1 <= room < max_tokens else "a shorter text"
     hint += " or --positions cache" if settings.positions == "text" else ""
+    hint += f" or --budget {limit}" if reason.startswith("the budget") else ""
     raise ValueError(
         f"[{where}] prompt and answer are longer than the model's trained context, and {reason}; "
         f"got {prompt_tokens} + {max_tokens} tokens, the limit is {limit}; try {hint}"

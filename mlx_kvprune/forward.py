@@ -150,7 +150,9 @@ def probe(call: Call, caches: Any, bounded: list[PrunedKVCache]) -> None:
     _set_probing(bounded, True)
     try:
         call(mx.broadcast_to(question, (batch, question.shape[1])), cache=caches)
-        memories = bounded[0].scorer.combined([c.heard for c in bounded], bounded[0].evictable())
+        positions, evictable = [c.held.positions() for c in bounded], [c.evictable() for c in bounded]
+        now = bounded[0].held.written
+        memories = bounded[0].scorer.combined([c.heard for c in bounded], positions, evictable, now)
         for cache, memory in zip(bounded, memories, strict=True):
             cache.held.remember(memory)
         mx.eval([c.state for c in bounded])

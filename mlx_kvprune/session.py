@@ -142,7 +142,8 @@ def unpack(arrays: dict[str, mx.array], meta: dict[str, Any], model: nn.Module) 
         ValueError: of another model, or not what ``pack`` gave.
     """
     hooked(model)
-    _check_model(meta.get("model", ""), model)
+    if meta.get("model"):  # caches of policy full, all mlx-lm's own, do not say whose they are
+        _check_model(meta["model"], model)
     from mlx_lm.models import cache as theirs
 
     try:
@@ -154,7 +155,7 @@ def unpack(arrays: dict[str, mx.array], meta: dict[str, Any], model: nn.Module) 
             f"[load] whole, but not a list of caches; got {type(error).__name__}: {str(error)[:80]}; try another file"
         ) from error
     attachment = attachment_of(model)
-    if attachment is None or len(bounded) != len(attachment.rung.layers):
+    if attachment is None or (bounded and len(bounded) != len(attachment.rung.layers)):
         raise ValueError(f"[load] not the caches of this model; got {len(bounded)} bounded layers; try its own file")
     return cache
 

@@ -117,6 +117,12 @@ class CacheSettings:
         _one_of("kv-group-size", self.kv_group_size, GROUP_SIZES)
         _one_of("kv-scheme", self.kv_scheme, SCHEMES)
         _at_least("kv-fine-tokens", self.kv_fine_tokens, 0)
+        coarse = [bits for bits in (self.key_bits, self.value_bits) if bits is not None]
+        if self.kv_fine_tokens and self.kv_fine_bits is not None and self.kv_fine_bits <= min(coarse, default=0):
+            raise ValueError(
+                f"[kv-fine-bits] the best tokens would be stored no finer than the others; got {self.kv_fine_bits}; "
+                "try more bits, or none for the model's own type"
+            )
         if self.kv_fine_tokens and self.kv_scheme == "page":
             raise ValueError(
                 "[kv-scheme] pages are written once and cannot be handed on to a second precision; got 'page' with "
@@ -178,6 +184,14 @@ class CacheSettings:
             )
         return tokens
 
+    def described(self) -> str:
+        """In a few words, for people."""
+        text = f"policy {self.policy}, budget {self.budget}"
+        text += "" if self.allocator == "uniform" else f", {self.allocator}"
+        bits = dict.fromkeys(str(bits or "all") for bits in (self.key_bits, self.value_bits))
+        text += "" if list(bits) == ["all"] else f", {' and '.join(bits)} bits"
+        return text + (", positions in the cache" if self.positions == "cache" else "")
+
     def but(self, **changes: Any) -> CacheSettings:
         """A copy with some fields changed."""
         return replace(self, **changes)
@@ -211,4 +225,4 @@ def _at_least(name: str, value: Any, least: int) -> None:
 def _one_of(name: str, value: Any, known: tuple[Any, ...]) -> None:
     if value not in known or isinstance(value, bool):
         hint = ", ".join(str(x) for x in known if x is not None)
-        raise ValueError(f"[{name}] not in this version; got {value!r}; try one of: {hint}")
+        raise ValueError(f"[{name}] not known; got {value!r}; try one of: {hint}")

@@ -102,7 +102,7 @@ def test_too_long_for_the_model_is_refused():
     prompt = prompt_for(Letters(), "x" * 500, "Who?", pinned=False)
     kvp.attach(model, quiet=True)
     text, auto = CacheSettings(), CacheSettings(positions="auto")
-    with pytest.raises(ValueError, match="the limit is 512; try .* or --positions cache"):
+    with pytest.raises(ValueError, match=r"the limit is 512; try .* or --positions cache"):
         placed(model, text, prompt.n_tokens, 10, "ask")
     assert placed(model, text, 500, 10, "ask") == text
     assert placed(model, auto, 500, 10, "ask").positions == "text"

@@ -149,7 +149,7 @@ class CacheOptions:
     sinks: Sinks = 4
     window: Window = None
     policy_option: PolicyOption = None
-    positions: Positions = "text"
+    positions: Positions = "auto"
     store: Store = "kv"
     kv_bits: KVBits = None
     kv_key_bits: KVKeyBits = None
@@ -190,7 +190,7 @@ def without_effect(settings: CacheSettings) -> Iterator[tuple[str, Any, str]]:
     quantized = settings.key_bits is not None or settings.value_bits is not None
     for names, idle, why in (
         (BIT_FIELDS, full, "another policy: full is mlx-lm's own cache, as the model makes it"),
-        (("positions", "allocator"), full, "another policy: full is mlx-lm's own cache"),
+        (("allocator",), full, "another policy: full is mlx-lm's own cache"),
         (("kv_scheme", "kv_group_size", "kv_hadamard", "kv_fine_tokens"), not quantized, "it with --kv-bits 4"),
         (("kv_fine_bits",), not settings.kv_fine_tokens, "it with --kv-fine-tokens 64"),
         (("head_floor",), not settings.ragged, "it with --allocator head_adaptive"),
@@ -198,13 +198,6 @@ def without_effect(settings: CacheSettings) -> Iterator[tuple[str, Any, str]]:
         for name in names if idle else ():
             if getattr(settings, name) != CacheSettings.__dataclass_fields__[name].default:
                 yield name, getattr(settings, name), why
-
-
-def described(settings: CacheSettings) -> str:
-    """Settings in a few words, for people."""
-    text = f"policy {settings.policy}, budget {settings.budget}"
-    bits = dict.fromkeys(str(bits or "all") for bits in (settings.key_bits, settings.value_bits))
-    return text if list(bits) == ["all"] else f"{text}, {' and '.join(bits)} bits"
 
 
 def check_budget(settings: CacheSettings) -> None:
@@ -271,6 +264,17 @@ def caches(model: nn.Module, settings: CacheSettings) -> list[Any]:
 def fields_of(settings: CacheSettings) -> dict[str, Any]:
     """The settings as the keyword arguments of ``attach`` and ``make_cache``."""
     return {field.name: getattr(settings, field.name) for field in fields(settings)}
+
+
+def endless(model: nn.Module, settings: CacheSettings) -> CacheSettings:
+    """The settings with ``auto`` positions decided for a text whose length nobody knows: in the cache, where that is possible."""
+    from mlx_kvprune.attach import cannot_rank
+    from mlx_kvprune.policy import find
+
+    if settings.positions != "auto":
+        return settings
+    text = find(settings.policy).scorer is None or cannot_rank(model)
+    return settings.but(positions="text" if text else "cache")
 
 
 def context_limit(model: nn.Module, cache: list[Any]) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from mlx_kvprune.cli.cache_options import CacheOptions, described, settings_of
+from mlx_kvprune.cli.cache_options import CacheOptions, settings_of
 from mlx_kvprune.cli.options import Json, ModelOptions, SamplingOptions, SystemPrompt, load, spread
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def chat(
     settings = settings_of(cache, sampling.seed)
     loaded, tokenizer = load(model)
     session = Chat(Conversation(loaded, tokenizer, settings, sampling, system_prompt))
-    output.say(f"{model.model}; {described(settings)}. /help lists the commands.", "dim")
+    output.say(f"{model.model}; {settings.described()}. /help lists the commands.", "dim")
     converse(session)
     if json:
         _write_json(session, model.model)

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from mlx_kvprune.cli import output, saved
-from mlx_kvprune.cli.cache_options import check_budget, described, fields_of
+from mlx_kvprune.cli.cache_options import check_budget, fields_of
 from mlx_kvprune.cli.stream import Stop
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def load(chat: Chat, rest: str) -> None:
     place = saved.load(chat.talk, _unquoted(rest))
     chat.forget()
     settings = chat.talk.settings
-    output.say(f"loaded {place} ({len(chat.talk.marks)} exchanges; {described(settings)})")
+    output.say(f"loaded {place} ({len(chat.talk.marks)} exchanges; {settings.described()})")
 
 
 def policy(chat: Chat, rest: str) -> None:
@@ -120,7 +120,7 @@ def policy(chat: Chat, rest: str) -> None:
     check_budget(settings)
     with Stop() as stop:
         chat.talk.change(settings, stop)
-    output.say(f"{described(settings)}; the history was read again")
+    output.say(f"{settings.described()}; the history was read again")
     _say_rest(chat)
 
 

@@ -8,7 +8,7 @@ from itertools import zip_longest
 from typing import Any
 
 from mlx_kvprune import session
-from mlx_kvprune.cli.cache_options import caches, context_limit
+from mlx_kvprune.cli.cache_options import caches, context_limit, endless
 from mlx_kvprune.cli.options import SamplingOptions
 from mlx_kvprune.cli.stream import Run, Stop, prefill, stream
 from mlx_kvprune.forward import pruned
@@ -46,6 +46,7 @@ class Conversation:
                 "[chat] needs a chat template; got a model without one; try `generate`, or an instruction-tuned model"
             )
         self.sampler = self.sampling.sampler()
+        self.settings = endless(self.model, self.settings)
         self.reset()
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from mlx_kvprune.cli.cache_options import CacheOptions, caches, context_limit, settings_of
+from mlx_kvprune.cli.cache_options import CacheOptions, caches, settings_of
 from mlx_kvprune.cli.options import (
     IgnoreChatTemplate,
     Json,
@@ -58,12 +58,10 @@ def run_one(
     """Check the length, stream the answer, say what it cost."""
     from mlx_kvprune.cli import output
     from mlx_kvprune.cli.stream import stream
-    from mlx_kvprune.context import check_fits
+    from mlx_kvprune.context import placed
     from mlx_kvprune.report import report
 
-    cache = caches(model, settings)
-    if context_limit(model, cache) is not None:
-        check_fits(model, len(tokens), sampling.max_tokens)
+    cache = caches(model, placed(model, settings, len(tokens), sampling.max_tokens, "context"))
     write = (lambda text: None) if json else output.write
     run = stream(model, tokenizer, tokens, cache, sampling, write)
     if json:

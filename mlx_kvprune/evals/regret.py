@@ -179,7 +179,8 @@ def full_weights(caches: list[Any], asked: np.ndarray, start: int) -> np.ndarray
 
 
 def _layer_weights(cache: PrunedKVCache) -> mx.array:
-    keys = cache.held.rows("keys")
+    order = mx.argsort(cache.held.positions(), axis=-1)[..., None]
+    keys = mx.take_along_axis(cache.held.rows("keys"), order, axis=2)
     positions = mx.broadcast_to(mx.arange(cache.held.written, dtype=mx.int32), keys.shape[:3])
     everything = Held(keys, keys, positions, None, cache.held.written, cache.layer, cache.scale)
     return attention_of(cache.signals["queries"], everything)

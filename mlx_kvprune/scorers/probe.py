@@ -38,19 +38,27 @@ class Probe(Scorer):
         """One layer's answer to the question: weights ``(B, H_kv, gqa_factor, L, S)`` -> ``(B, H_kv, S)``."""
         return weights.astype(mx.float32).max(axis=3).mean(axis=2)
 
-    def combined(self, heard: list[mx.array], evictable: mx.array) -> list[mx.array]:
-        """What each layer remembers, from what all layers heard.
+    def combined(
+        self, heard: list[mx.array], positions: list[mx.array], evictable: list[mx.array], now: int
+    ) -> list[mx.array]:
+        """What each layer remembers, from what all layers heard; they may hold different tokens, in any order.
 
         Args:
             heard: per layer ``(B, H_kv, S)``.
-            evictable: ``(B, 1, S)`` bool; False for sinks and window.
+            positions: per layer, which tokens these are ``(B, H_kv, S)`` int32; negative where a slot is empty.
+            evictable: per layer ``(B, H_kv, S)`` bool; False for sinks and window.
+            now: one more than the largest position.
         """
-        shares = [mx.where(evictable, x, 0.0) for x in heard]
+        shares = [mx.where(may_go, x, 0.0) for x, may_go in zip(heard, evictable, strict=True)]
         shares = [x / mx.maximum(x.sum(axis=-1, keepdims=True), 1e-9) for x in shares]
         if self.share != "model":
             return shares
-        best = mx.concatenate(shares, axis=1).max(axis=1, keepdims=True)
-        return [mx.broadcast_to(best, x.shape) for x in heard]
+        rows = mx.arange(heard[0].shape[0])[:, None, None]
+        best = mx.zeros((heard[0].shape[0], now + 1))  # one entry a token, and one for empty slots
+        index = [mx.where(x < 0, now, x) for x in positions]
+        for share, at in zip(shares, index, strict=True):
+            best = best.at[rows, at].maximum(share)
+        return [best[rows, at] for at in index]
 
     def score(self, held: Held, state: State) -> mx.array:
         assert held.memory is not None

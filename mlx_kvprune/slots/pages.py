@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
@@ -48,6 +48,7 @@ class PageWrites:
     positions: np.ndarray
     at: mx.array
     rows: RowDict
+    contested: bool = False
 
     def arrays(self) -> list[mx.array]:
         """What must be evaluated before the pool is written in place."""
@@ -70,6 +71,7 @@ class PagedPool:
         positions: ``(P, PAGE)`` int32; negative where a slot is empty.
         rows: packed keys and values ``(capacity * units, row)``, ``units = PAGE / granule``.
         memory: what the scorer remembers ``(capacity, PAGE)`` float32, or None.
+        contested: whether heads have competed for pages yet.
         layout: the same as ``owner``, for attention.
     """
 
@@ -77,7 +79,7 @@ class PagedPool:
     holes = 0
 
     def __init__(self, limit: int, like: Tokens, format: Format):
-        self.limit, self.format = limit, format
+        self.limit, self.format, self.contested = limit, format, False
         self.batch, self.heads = like.keys.shape[0], like.keys.shape[0] * like.keys.shape[1]
         self.owner = np.zeros(0, np.int32)
         self.positions = np.zeros((0, PAGE), np.int32)
@@ -115,6 +117,8 @@ class PagedPool:
     @property
     def free(self) -> int:
         """Slots that every KV head may still fill without evicting."""
+        if self.contested:  # whatever is free from now on is given out by scores
+            return 0
         per_head = np.bincount(self.owner, minlength=self.heads) * PAGE
         most = int((per_head - self.live_counts()).min()) if self.used else 0
         return (self.limit - self.used) // self.heads * PAGE + most
@@ -192,11 +196,12 @@ class PagedPool:
             kept[mine], new[head] = moves.best(
                 candidates.slots[mine], candidates.live[mine], candidates.new[head], room
             )
-        return self._rows(tokens, moves.plan(self.owner, kept, new, targets))
+        return replace(self._rows(tokens, moves.plan(self.owner, kept, new, targets)), contested=True)
 
     def write(self, writes: PageWrites) -> None:
         """Write what was chosen: in place where ``writes`` is evaluated and nobody else reads the pool."""
         self._reserve(len(writes.moves.owner))
+        self.contested = self.contested or writes.contested
         if writes.at.size:
             for name, rows in writes.rows.items():
                 self._put(name, writes.at, rows)
@@ -241,11 +246,12 @@ class PagedPool:
 
     def numbers(self) -> dict[str, int]:
         """What else ``restore`` needs."""
-        return {"limit": self.limit}
+        return {"limit": self.limit, "contested": self.contested}
 
     def restore(self, arrays: dict[str, mx.array], numbers: dict[str, int]) -> None:
         """Take over another pool's ``arrays`` and ``numbers``."""
         self.format, self.limit = with_frame(self.format, arrays), numbers["limit"]
+        self.contested = bool(numbers["contested"])
         self.positions, self.owner = np.array(arrays["positions"]), np.array(arrays["owner"])
         self.memory = arrays.get("memory")
         self.rows = {name: arrays[name] for name in self.rows}

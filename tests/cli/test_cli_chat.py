@@ -24,7 +24,7 @@ def start() -> Iterator:
     children = []
 
     def begin(model: Path, *arguments: str, term: str = "dumb") -> pexpect.spawn:
-        command = ["-m", "mlx_kvprune", "chat", "--model", str(model), *arguments]
+        command = ["-m", "mlx_kvprune", "chat", "--model", str(model), "--positions", "text", *arguments]
         environment = ENVIRONMENT | {"TERM": term, "COLUMNS": "200"}
         child = pexpect.spawn(sys.executable, command, env=environment, encoding="utf-8", timeout=60, echo=False)
         children.append(child)
@@ -82,13 +82,14 @@ def test_on_a_terminal(tiny, start, tmp_path):
 
 def test_saved_and_loaded_with_few_bits(tiny, tmp_path):
     options = ["--model", str(tiny), "-m", "30", "--budget", "160", "--kv-bits", "4", "--allocator", "head_adaptive"]
+    options += ["--positions", "text"]
     talk, lines = tmp_path / "talk", "Hello there\nAnd then?\n"
     first = run("chat", *options, stdin=f"{lines}/save {talk}\nWhy?\n")
     assert first.returncode == 0, first.stderr
-    assert re.search(r"policy window, budget 160, 4 bits\. /help", first.stderr)
+    assert re.search(r"policy window, budget 160, head_adaptive, 4 bits\. /help", first.stderr)
     assert re.search(r"saved .*talk\.safetensors \(.*, 2 exchanges\)", first.stderr)
     again = run("chat", "--model", str(tiny), "-m", "30", stdin=f"/load {talk}\nWhy?\n/stats\n")
-    assert "(2 exchanges; policy window, budget 160, 4 bits)" in again.stderr
+    assert "(2 exchanges; policy window, budget 160, head_adaptive, 4 bits)" in again.stderr
     assert "allocator head_adaptive" in again.stderr
     assert again.stdout.splitlines()[-1] == first.stdout.splitlines()[-1]
 

@@ -44,17 +44,17 @@ def plain_attention(model) -> np.ndarray:
 
 
 def window_evictions() -> list[int]:
-    """When the window policy evicts each position: blocks leave the ring; the pool keeps sinks and the newest."""
+    """When the window policy evicts each position: blocks leave the ring; the pool keeps the newest. Sinks stay."""
     lost, pool, ring = [10**9] * T, [], []
     for t in range(T):
         if len(ring) == RING:
             leaving, ring = ring[:BLOCK], ring[BLOCK:]
-            rank = lambda j: (j < SINKS, j)
-            kept = sorted(pool + leaving, key=rank, reverse=True)[: BUDGET - RING]
+            kept = sorted(pool + leaving, reverse=True)[: BUDGET - RING - SINKS]
             for j in set(pool + leaving) - set(kept):
                 lost[j] = t
             pool = kept
-        ring.append(t)
+        if t >= SINKS:
+            ring.append(t)
     return lost
 
 
