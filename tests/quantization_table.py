@@ -38,10 +38,10 @@ SCHEMES: dict[str, dict[str, Any]] = {
 }
 HEAD = f"""# Quantized storage: bits and schemes
 
-`python tests/quantization_table.py` (see its head). Policy `window`, budget {BUDGET} slots per KV head, float32 on a CPU, {TOKENS:,}
-tokens of each text; everything is compared with **the same bounded cache without quantization**, over the tokens after the
-first {START}. Sinks, window and ring are never quantized. NLL: change relative to the unquantized cache's, with the 95% interval of
-a block bootstrap. KL: from the unquantized cache's prediction, in thousandths of a nat. Bytes are those of the bounded layers.
+`python tests/quantization_table.py` (see its head). Policy `window`, budget {BUDGET} slots per KV head, float32 on a CPU,
+{TOKENS:,} tokens of each text; everything is compared with **the same bounded cache without quantization**, over the tokens
+after the first {START}. Sinks, window and ring are never quantized. NLL: change relative to the unquantized cache's, with the 95%
+interval of a block bootstrap. KL: from the unquantized cache's prediction, in thousandths of a nat. Bytes are those of the bounded layers.
 
 - **token**: each key and value on its own, by groups of `--kv-group-size` numbers with a scale and an offset in float16.
 - **channel**: keys also get an offset and a scale per channel, fixed after the first tokens of the text.

@@ -267,7 +267,7 @@ def fields_of(settings: CacheSettings) -> dict[str, Any]:
 
 
 def endless(model: nn.Module, settings: CacheSettings) -> CacheSettings:
-    """The settings with ``auto`` positions decided for a text whose length nobody knows: in the cache, where that is possible."""
+    """The settings with ``auto`` positions decided for a text whose length nobody knows: in the cache, if possible."""
     from mlx_kvprune.attach import cannot_rank
     from mlx_kvprune.policy import find
 
