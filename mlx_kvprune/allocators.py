@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mlx_kvprune.settings import CacheSettings
+from mlx_kvprune.settings import PAGE, CacheSettings
 from mlx_kvprune.storage import LayerShape, layer_nbytes
 
 STEEPNESS = 20  # PyramidKV's beta: the last layer's pool is 1/20 of the mean
@@ -77,9 +77,9 @@ def pyramid(mean: int, n_layers: int, settings: CacheSettings) -> list[int]:
     return [int(x) + fixed for x in np.diff(ends, prepend=0)]
 
 
-def floor_pages(pages: int, heads: int, settings: CacheSettings) -> int:
-    """Pages that every head keeps, of ``pages`` for ``heads``: the safeguard."""
-    return int(settings.head_floor * pages / heads)
+def floor_pages(pages: int, heads: int, settings: CacheSettings, protected: int = 0) -> int:
+    """Pages that every head keeps, of ``pages`` for ``heads``: the safeguard, and room for ``protected`` slots."""
+    return max(min(-(-protected // PAGE), pages // heads), int(settings.head_floor * pages / heads))
 
 
 def share_pages(ranked: Sequence[np.ndarray], pages: int, floor: int, units: int) -> np.ndarray:

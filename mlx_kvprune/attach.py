@@ -232,7 +232,7 @@ def _stepwise(model_class: type) -> type:
         bounded = pruned(cache)
         if not bounded:
             return model_class.__call__(self, *args, **kwargs)
-        _tell_ropes(self, bounded)
+        tell_ropes(self, bounded)
         named |= named.pop(extra, {}) if extra else {}
         inputs = named.pop(tokens)
         named.pop(next(iter(signature.parameters)))
@@ -241,11 +241,11 @@ def _stepwise(model_class: type) -> type:
     return _named_after(model_class, call)
 
 
-def _tell_ropes(model: nn.Module, bounded: list[PrunedKVCache]) -> None:
+def tell_ropes(model: nn.Module, bounded: list[PrunedKVCache]) -> None:
     """Caches that were loaded do not know their rotary modules yet."""
     attachment = attachment_of(model)
     for cache in bounded:
-        if cache.rope is None and attachment is not None:
+        if not cache.knows_rope and attachment is not None:
             cache.rope = find_rope(attachment.rung.layers[cache.layer].attention)
 
 

@@ -111,7 +111,12 @@ class PrunedKVCache:
 
     @rope.setter
     def rope(self, module: Rope) -> None:
-        self._rope = None if module is None else Shared(module)
+        self._rope = Shared(module)  # of None, too: then the layer has no positions
+
+    @property
+    def knows_rope(self) -> bool:
+        """Whether the layer's rotary module was ever told: a cache that mlx-lm loaded does not know it at first."""
+        return self._rope is not None
 
     # -- what mlx-lm calls -------------------------------------------------------------------------------------------
 
@@ -241,7 +246,10 @@ class PrunedKVCache:
         turn = self._turn_back if shift and self.settings.positions == "text" and self.rope is not None else None
         self.held.drop(start, stop, shift, turn)
         self.planned = None
-        self.turns = tuple(x if x <= start else max(start, x - shift) for x in self.turns)
+        if turn and "queries" in self.signals:  # those that the scorer remembers stay as far from the keys as they were
+            self.signals = {**self.signals, "queries": turn(self.signals["queries"], shift)}
+        turns = (x if x <= start else max(start, x - shift) for x in self.turns)
+        self.turns = tuple(dict.fromkeys(x for x in turns if x))  # a turn that is gone whole needs no floor
         self._rewind_offset()
 
     def check_drop(self, close: bool) -> None:
@@ -250,6 +258,11 @@ class PrunedKVCache:
             raise ValueError(
                 "[drop] closing a gap turns keys, which would add up errors of quantized ones; "
                 f"got {self.settings.key_bits} bits; try close=False, or positions='cache'"
+            )
+        if close and self.settings.positions == "text" and not self.knows_rope and not self.empty():
+            raise ValueError(
+                "[drop] closing a gap turns keys, by a rotary module that this cache was not told yet; got a cache that "
+                "mlx-lm loaded; try load_cache, or let the model read a token first"
             )
 
     def _turn_back(self, keys: mx.array, shift: int) -> mx.array:
@@ -262,7 +275,7 @@ class PrunedKVCache:
 
     def end_turn(self) -> None:
         """Note that a turn of a conversation ends here: what is held of it keeps a floor from now on."""
-        if not self.turns or self.turns[-1] < self.held.written:
+        if (self.turns or (0,))[-1] < self.held.written:
             self.turns = (*self.turns, self.held.written)
 
     @property
@@ -407,13 +420,19 @@ class PrunedKVCache:
         pool = self.slots - self.settings.ring_size - self.settings.n_sink
         return int(self.settings.turn_floor * pool) // len(self.turns)
 
+    @property
+    def protected(self) -> int:
+        """The most slots of the pool per KV head that are never evicted: the floors of turns."""
+        return self.turn_slots() * len(self.turns)
+
     def share(self, contest: Contest) -> Any:
         """Pages of each head where the heads of this layer alone compete."""
         assert contest.candidates is not None
         pool = self.held.last
         assert isinstance(pool, PagedPool)
         ranked = [contest.candidates.of_head(head) for head in range(pool.heads)]
-        return share_pages(ranked, self.page_limit, floor_pages(self.page_limit, pool.heads, self.settings), pool.units)
+        floor = floor_pages(self.page_limit, pool.heads, self.settings, self.protected)
+        return share_pages(ranked, self.page_limit, floor, pool.units)
 
     @property
     def page_limit(self) -> int:

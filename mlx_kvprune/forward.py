@@ -96,7 +96,7 @@ def _shares(caches: list[PrunedKVCache]) -> list[Any]:
         x.candidates.of_head(h) for x, n in zip(contests, heads, strict=True) if x and x.candidates for h in range(n)
     ]
     pages = sum(c.page_limit for c in caches)
-    floor = floor_pages(pages, len(ranked), caches[0].settings)
+    floor = floor_pages(pages, len(ranked), caches[0].settings, caches[0].protected)
     shares = share_pages(ranked, pages, floor, PAGE // caches[0].held.last.format.granule)
     return np.split(shares, np.cumsum(heads)[:-1])
 

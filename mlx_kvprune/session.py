@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_kvprune import session_file
-from mlx_kvprune.attach import attachment_of, hooked, model_id
+from mlx_kvprune.attach import attachment_of, hooked, model_id, tell_ropes
 from mlx_kvprune.cache import PrunedKVCache
 from mlx_kvprune.forward import leaves, pruned
 
@@ -157,6 +157,7 @@ def unpack(arrays: dict[str, mx.array], meta: dict[str, Any], model: nn.Module) 
     attachment = attachment_of(model)
     if attachment is None or (bounded and len(bounded) != len(attachment.rung.layers)):
         raise ValueError(f"[load] not the caches of this model; got {len(bounded)} bounded layers; try its own file")
+    tell_ropes(model, bounded)
     return cache
 
 

@@ -252,6 +252,7 @@ class LayerSlots:
     def carry_out(self, contest: Contest) -> None:
         """Do what was chosen."""
         assert contest.candidates is None, "not settled"
+        holes = any(pool.holes for pool in self.pools)
         for step in contest.steps:
             pool: Any = self.pools[step.pool]
             if step.fill is not None:
@@ -260,6 +261,9 @@ class LayerSlots:
                 pool.write(step.writes)
                 self.evicted = self.evicted or pool is self.last
                 self.final = self.written
+        if holes:
+            for pool in self.pools:
+                pool.count_holes()
         self._left(contest.n)
 
     def _leaving(self, n: int) -> Tokens:
@@ -270,7 +274,7 @@ class LayerSlots:
         start = self.pinned()
         stay = np.arange(self.ring.count)
         self.ring.keep(stay[(stay < start) | (stay >= start + n)] if start else slice(n, None))
-        if not all(spec.exact for spec in self.specs):
+        if self.final or not all(spec.exact for spec in self.specs):
             self.final = self.written
         self._rank()
 
@@ -306,16 +310,22 @@ class LayerSlots:
         return (*self._turned(turn, self._first(newest)), Part(plain(keys), plain(ring.values)))
 
     def ring_at(self, newest: int) -> mx.array:
-        """Positions in the cache of the ring's tokens ``(count,)``: sinks before the pools, the others after them."""
-        first, pinned = self._first(newest), self.pinned()
-        sinks = np.arange(pinned) + first - self._pool_width() - pinned
-        return mx.array(np.concatenate([sinks, np.arange(first, newest + 1)]).astype(np.int32))
+        """Positions in the cache of the ring's tokens ``(B, H_kv, count)``: sinks before the pools, the others after."""
+        first, shape = self._first(newest), self.ring.keys.shape[:2]
+        sinks = mx.arange(first - self.pinned(), first, dtype=mx.int32) - self._pool_lengths()
+        others = mx.arange(first, newest + 1, dtype=mx.int32)
+        return mx.concatenate([mx.broadcast_to(x, (*shape, x.shape[-1])) for x in (sinks, others)], axis=2)
+
+    def _pool_lengths(self) -> mx.array:
+        """Slots in use of the pools, ``(1, 1, 1)`` or of each head ``(B, H_kv, 1)``."""
+        if not any(pool.ragged or pool.holes for pool in self.pools):
+            return mx.array(self._pool_width()).reshape(1, 1, 1)
+        return sum((pool.heads_positions() >= 0).sum(axis=-1, keepdims=True) for pool in self.pools)  # type: ignore
 
     def at(self, newest: int) -> mx.array:
         """Positions in the cache of everything held ``(B, H_kv, S)`` int32: pools first, then ring."""
         pools = self._first(newest) - self._pool_width() + self.pool_ranks()
-        ring = mx.broadcast_to(self.ring_at(newest), self.ring.keys.shape[:3])
-        return mx.concatenate([pools, ring], axis=2)
+        return mx.concatenate([pools, self.ring_at(newest)], axis=2)
 
     def _first(self, newest: int) -> int:
         """Position in the cache of the first token after the pools'."""

@@ -42,7 +42,8 @@ def best(slots: np.ndarray, live: np.ndarray, new: np.ndarray, room: int) -> tup
     keys = np.concatenate([slots[live], new])
     keep = np.ones(len(keys), bool)
     if len(keys) > room:
-        keep[np.argsort(keys)[: len(keys) - room]] = False
+        surplus = len(keys) - room
+        keep[np.argpartition(keys, surplus - 1)[:surplus]] = False
     stay = live.copy()
     stay[live] = keep[: len(keys) - len(new)]
     return stay, keep[len(keys) - len(new) :]

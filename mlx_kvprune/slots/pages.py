@@ -112,15 +112,15 @@ class PagedPool:
     @property
     def held(self) -> int:
         """Slots in use over all heads."""
-        return int((self.positions >= 0).sum())
+        return int(self._counts.sum())
 
     @property
     def free(self) -> int:
         """Slots that every KV head may still fill without evicting."""
         if self.contested:  # whatever is free from now on is given out by scores
             return 0
-        per_head = np.bincount(self.owner, minlength=self.heads) * PAGE
-        most = int((per_head - self.live_counts()).min()) if self.used else 0
+        empty = np.bincount(self.owner, (~self._live()).sum(axis=1), self.heads)
+        most = int(empty.min()) * self.format.granule
         return (self.limit - self.used) // self.heads * PAGE + most
 
     @property
@@ -130,7 +130,7 @@ class PagedPool:
 
     def live_counts(self) -> np.ndarray:
         """Slots in use of each head ``(B * H_kv,)``."""
-        return np.bincount(self.owner, (self.positions >= 0).sum(axis=1), self.heads).astype(int)
+        return self._counts
 
     # -- what is held, as a scorer sees it -----------------------------------------------------------------------
 
@@ -171,7 +171,9 @@ class PagedPool:
         n, live = tokens.n // self.format.granule, self._live()
         need = np.bincount(self.owner, live.sum(axis=1), self.heads).astype(int) + n
         targets = np.maximum(-(-need // self.units), np.bincount(self.owner, minlength=self.heads))
-        self.write(self._rows(tokens, moves.plan(self.owner, live, np.ones((self.heads, n), bool), targets)))
+        change = moves.plan(self.owner, live, np.ones((self.heads, n), bool), targets)
+        self._reserve(len(change.owner), min(self.limit, 2 * self.capacity))
+        self.write(self._rows(tokens, change))
 
     def candidates(self, tokens: Tokens, slot_scores: mx.array, scores: mx.array) -> Candidates:
         """What competes, from retention scores of what is held ``(B, H_kv, S)`` and of tokens ``(B, H_kv, n)``.
@@ -227,6 +229,9 @@ class PagedPool:
             unused = ((0, self.capacity - self.used), (0, 0))
             self.memory = mx.where(device(np.pad(gone, unused)), 0.0, self.memory)
         self._lay_out()
+
+    def count_holes(self) -> None:
+        """Nothing: each page knows its empty slots."""
 
     def replace_keys(self, keys: mx.array) -> None:
         """Set the keys of everything held ``(B, H_kv, S, D)``; only where they are stored as they are."""
@@ -312,11 +317,11 @@ class PagedPool:
             x[at] = rows
             self.rows[name] = x
 
-    def _reserve(self, pages: int) -> None:
-        """Allocate: double, but beyond ``limit`` only what is needed."""
+    def _reserve(self, pages: int, ahead: int = 0) -> None:
+        """Allocate what is needed; while the pool fills up, ``ahead`` of it."""
         if pages <= self.capacity:
             return
-        extra = max(pages, min(self.limit, 2 * self.capacity)) - self.capacity
+        extra = max(pages, ahead) - self.capacity
         for name, x in self.rows.items():
             more = mx.zeros((extra * self.units, x.shape[-1]), x.dtype)
             self.rows[name] = mx.concatenate([x, more])
@@ -343,4 +348,5 @@ class PagedPool:
         owner, hot = self.owner.astype(np.uint32), hot.astype(np.float32)
         self.layout = Layout(device(owner), device(table), device(back), device(hot), self.batch)
         held = self.positions >= 0
+        self._counts = np.bincount(self.owner, held.sum(axis=1), self.heads).astype(int)
         self.mask = None if held.all() else device(held[:, None])

@@ -165,7 +165,6 @@ class Pool:
             flat = self._get(name)
             self._set(name, mx.put_along_axis(flat, writes.slots[..., None], rows, axis=2))
         self.count = min(self.limit, self.count + writes.n)
-        self.holes = max(0, self.holes - writes.n)
 
     def truncate(self, n: int) -> None:
         """Empty the ``n`` slots that were filled last; nothing was overwritten yet."""
@@ -179,6 +178,10 @@ class Pool:
         self.positions = mx.where(gone, self._empty(0, self.capacity), later)
         self.memory = None if self.memory is None else mx.where(gone, 0.0, self.memory)
         self.holes = min(self.count, self.holes + stop - start)
+
+    def count_holes(self) -> None:
+        """See how many slots in use are still empty: one host synchronisation, while there are any."""
+        self.holes = int((self.heads_positions() < 0).sum(axis=-1).max()) if self.count else 0
 
     def replace_keys(self, keys: mx.array) -> None:
         """Set the keys of the slots in use ``(B, H_kv, S, D)``; only where they are stored as they are."""
