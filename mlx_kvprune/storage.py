@@ -52,7 +52,8 @@ def key_codec(settings: CacheSettings, bits: int | None) -> dict[str, Any]:
     """Arguments of the keys' codec."""
     if bits is None:
         return {}
-    scheme = settings.kv_scheme if settings.kv_scheme != "auto" else AUTO_SCHEME
+    auto = "channel" if bits <= AUTO_CHANNEL else "token"
+    scheme = auto if settings.kv_scheme == "auto" else settings.kv_scheme
     return {"bits": bits, "group_size": settings.kv_group_size, "scheme": scheme, "hadamard": _hadamard(settings)}
 
 
@@ -67,7 +68,7 @@ def _hadamard(settings: CacheSettings) -> bool:
     return AUTO_HADAMARD if settings.kv_hadamard is None else settings.kv_hadamard
 
 
-AUTO_SCHEME, AUTO_HADAMARD = "token", True  # docs/quantization.md has the table that says so
+AUTO_CHANNEL, AUTO_HADAMARD = 4, True  # docs/quantization.md has the table that says so
 
 
 def layer_nbytes(shape: LayerShape, settings: CacheSettings, tokens: int, memory: bool, state: int) -> float:
