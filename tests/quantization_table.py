@@ -50,7 +50,7 @@ interval of a block bootstrap. KL: from the unquantized cache's prediction, in t
 - **best N in 8**: the N best slots of each head in 8 bits, the others in fewer.
 
 What follows: 8 bits and keys in 8 with values in 4 cost nothing that can be measured, 4 bits two parts in a thousand; rotating is worth more than
-smaller groups; at 4 bits and fewer a frame per channel helps keys. That is `--kv-scheme auto`. 2 bits cost 1 to 4%. `page` evicts 32
+smaller groups; at 4 bits and fewer a frame per channel helps keys. That is `--kv-scheme auto`. 2 bits cost 1 to 12%. `page` evicts 32
 neighbours at a time, so that its rows hold other tokens than the reference: that is why 8 bits do not come to zero there.
 """
 
