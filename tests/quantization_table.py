@@ -38,10 +38,11 @@ SCHEMES: dict[str, dict[str, Any]] = {
 }
 HEAD = f"""# Quantized storage: bits and schemes
 
-`python tests/quantization_table.py` (see its head). Policy `window`, budget {BUDGET} slots per KV head, float32 on a CPU,
-{TOKENS:,} tokens of each text; everything is compared with **the same bounded cache without quantization**, over the tokens
-after the first {START}. Sinks, window and ring are never quantized. NLL: change relative to the unquantized cache's, with the 95%
-interval of a block bootstrap. KL: from the unquantized cache's prediction, in thousandths of a nat. Bytes are those of the bounded layers.
+`python tests/quantization_table.py` (see its head). Policy `window`, budget {BUDGET} slots per KV head, float32 on a
+CPU, {TOKENS:,} tokens of each text; everything is compared with **the same bounded cache without quantization**, over
+the tokens after the first {START}. Sinks, window and ring are never quantized. NLL: change relative to the
+unquantized cache's, with the 95% interval of a block bootstrap. KL: from the unquantized cache's prediction, in
+thousandths of a nat. Bytes are those of the bounded layers.
 
 - **token**: each key and value on its own, by groups of `--kv-group-size` numbers with a scale and an offset in float16.
 - **channel**: keys also get an offset and a scale per channel, fixed after the first tokens of the text.
@@ -49,9 +50,10 @@ interval of a block bootstrap. KL: from the unquantized cache's prediction, in t
 - Keys and values are rotated by a Hadamard matrix before they are quantized, unless it says otherwise.
 - **best N in 8**: the N best slots of each head in 8 bits, the others in fewer.
 
-What follows: 8 bits and keys in 8 with values in 4 cost nothing that can be measured, 4 bits two parts in a thousand; rotating is worth more than
-smaller groups; at 4 bits and fewer a frame per channel helps keys. That is `--kv-scheme auto`. 2 bits cost 1 to 12%. `page` evicts 32
-neighbours at a time, so that its rows hold other tokens than the reference: that is why 8 bits do not come to zero there.
+What follows: 8 bits and keys in 8 with values in 4 cost nothing that can be measured, 4 bits two parts in a thousand;
+rotating is worth more than smaller groups; at 4 bits and fewer a frame per channel helps keys. That is `--kv-scheme
+auto`. 2 bits cost 1 to 12%. `page` evicts 32 neighbours at a time, so that its rows hold other tokens than the
+reference: that is why 8 bits do not come to zero there.
 """
 
 

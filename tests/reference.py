@@ -3,7 +3,8 @@
 Slow on purpose, and nothing in here comes from the package. A token enters the ring; when the ring holds ``window +
 block`` tokens and the next one comes, its oldest ``block`` tokens move out; per KV head the pool keeps the best
 ``slots - ring - sinks`` of what it has and what moves out, by (score, newer position). Sinks stand
-aside. Each score is computed anew from everything the layer was ever given, by the definition of the paper or repository named beside it.
+aside. Each score is computed anew from everything the layer was ever given, by the definition of the paper or
+repository named beside it.
 """
 
 from __future__ import annotations
