@@ -202,10 +202,10 @@ def rewound_or_refused(model, cache, n: int, make_fresh, step: int, atol: float)
 def test_rewind_is_exact_or_refused(store):
     model, done = attached(store), set()
     tokens = text(400)
-    for length, step in ((30, 30), (130, 7), (260, 50), (301, 1)):
+    for length, step in ((30, 30), (130, 17), (261, 50)):
         cache = model.make_cache()
         read(model, cache, tokens[:, :length], step)
-        for n in (0, 3, 15, 40, 90, length):
+        for n in (0, 3, 15, 90, length):
 
             def fresh(length=length, n=n, step=step):
                 made = model.make_cache()
@@ -220,7 +220,7 @@ def test_rewind_is_exact_or_refused(store):
             with pytest.raises(ValueError, match=r"\[rewind\] not so many"):
                 kvp.rewind(cache, n)
     assert {(30, n) for n in (0, 3, 15, 30)} <= done, "before anything moved"
-    assert store not in EXACT or {(130, n) for n in (3, 40, 90, 130)} <= done, "while nothing was evicted"
+    assert store not in EXACT or {(130, n) for n in (3, 90, 130)} <= done, "while nothing was evicted"
     assert {n for length, n in done if length >= 260} & {3, 15}, "a few tokens after the last upkeep"
     kvp.detach(model)
 
@@ -350,7 +350,7 @@ def test_everything_can_be_dropped():
         layer.drop(0, 300, close=False)
         assert layer.cache.held.ring.count == 0
         near = {"rtol": 1e-3, "atol": 1e-4} if store in EXACT else {"rtol": 0.1, "atol": 0.6 if "4" in store else 0.06}
-        for _ in range(120):
+        for _ in range(50):
             np.testing.assert_allclose(*layer.read(1), **near)
             layer.check()
 
