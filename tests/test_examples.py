@@ -50,7 +50,7 @@ def test_own_policy(tiny):
     assert run("04_own_policy.py", str(tiny)).strip()
 
 
-@pytest.mark.model
+@pytest.mark.slow  # five minutes; `.ci/run` looks at what the demo says
 def test_demo():
     out = run("demo.py")
     said = {line.split(": ")[0]: line for line in out.splitlines() if ": " in line}
