@@ -101,7 +101,7 @@ def test_too_long_for_the_model_is_refused():
     assert limit == 512
     prompt = prompt_for(Letters(), "x" * 500, "Who?", pinned=False)
     kvp.attach(model, quiet=True)
-    text, auto = CacheSettings(), CacheSettings(positions="auto")
+    text, auto = CacheSettings(budget=256), CacheSettings(budget=256, positions="auto")
     with pytest.raises(ValueError, match=r"the limit is 512; try .* or --positions cache"):
         placed(model, text, prompt.n_tokens, 10, "ask")
     assert placed(model, text, 500, 10, "ask") == text
