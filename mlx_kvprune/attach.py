@@ -141,7 +141,7 @@ def make_from_settings(model: nn.Module, settings: CacheSettings) -> list[Any]:
     def make(layer: int) -> PrunedKVCache:
         cache = PrunedKVCache(settings, None if slots is None else slots[layer], layer, dense)
         cache.frame = 0 if slots is None else max(slots) * _most_times(settings, most_heads, len(slots))
-        cache.alone = attachment.rung.unbatched
+        cache.alone, cache.lends = attachment.rung.unbatched, attachment.rung.lends
         cache.rope, cache.model_id = find_rope(attachment.rung.layers[layer].attention), identity
         return cache
 
@@ -245,7 +245,12 @@ def tell_ropes(model: nn.Module, bounded: list[PrunedKVCache]) -> None:
     """Caches that were loaded do not know their rotary modules yet."""
     attachment = attachment_of(model)
     for cache in bounded:
-        if not cache.knows_rope and attachment is not None:
+        if cache.knows_rope or attachment is None:
+            continue
+        if cache.model_id and cache.model_id != model_id(model):
+            raise ValueError(f"[load] saved with another model; got {cache.model_id}; try it with that model")
+        if cache.layer < len(attachment.rung.layers):
+            cache.lends = attachment.rung.lends
             cache.rope = find_rope(attachment.rung.layers[cache.layer].attention)
 
 
@@ -282,7 +287,7 @@ def _check_policy(rung: Rung, policy: Policy, settings: CacheSettings) -> None:
         )
     if "question" in needs and not settings.question:
         raise ValueError(f"[policy] {policy.name} needs a question; got none; try `ask`, or question=<token ids>")
-    if "rope" in needs and any(_rotates_unseen(layer.attention) for layer in rung.layers):
+    if "rope" in needs and any(_rotates_unseen(x.attention) or _rotates_a_part(x) for x in rung.layers):
         raise ValueError(
             f"[policy] {policy.name} needs the model's rotary module; got an attention without one; try snapkv"
         )
@@ -307,6 +312,18 @@ def _try_ranks(model: nn.Module, rung: Rung) -> str:
         return str(error).removeprefix("[positions] ").split("; try")[0]
     reason = why_unranked(model, lambda fn: _replaced(model, fn), ropes, rung.name == "uniform")
     return reason and f"cache positions need keys that come straight from the rotary module; got {reason}"
+
+
+def _rotates_a_part(layer: Any) -> bool:
+    """Whether a rotary module cannot take a whole key: it is meant for a part of it."""
+    rope = find_rope(layer.attention)
+    if rope is None:
+        return False
+    try:
+        mx.eval(rope(mx.zeros((1, 1, 1, layer.shape.key_dim)), offset=0))
+    except ValueError:
+        return True
+    return False
 
 
 def _rotates_unseen(attention: nn.Module) -> bool:

@@ -72,6 +72,8 @@ class PrunedKVCache:
     def __init__(self, settings: CacheSettings, slots: int | None = None, layer: int = 0, dense: bool = False):
         policy, self.settings = policy_for(settings)
         assert policy.scorer is not None, "full is mlx-lm's own cache"
+        if self.settings.positions == "auto":  # who makes caches without knowing the length of the text gets these
+            self.settings = self.settings.but(positions="text")
         if slots is not None and self.settings.allocator != "pyramid":
             self.settings.check_tokens(slots)
         self.scorer: Scorer = policy.scorer
@@ -95,6 +97,9 @@ class PrunedKVCache:
         self.heard: mx.array | None = None  # the question's attention to what is held, after a probe
         self.fetched: tuple[Any, Any] | None = None  # what update_and_fetch returned, while the forward pass runs
         self.nbytes_peak = 0
+        self.nbytes_peak_all = 0  # of all layers together, noted in the first one's cache where layers compete
+        self.lends = True  # whether later layers ask for ``keys_and_values``; ``attach`` knows
+        self.asked = False  # whether one did
         self.alone = ""  # why the model cannot be batched, if it cannot
         self.model_id = ""  # says whose keys these are
         self._rope: Shared | None = None
@@ -132,6 +137,7 @@ class PrunedKVCache:
     def keys_and_values(self) -> tuple[Any, Any]:
         """What this forward pass's ``update_and_fetch`` returned: for layers that share an earlier layer's keys."""
         assert self.fetched is not None
+        self.asked = True
         return self.fetched
 
     def _hand_out(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
@@ -359,6 +365,8 @@ class PrunedKVCache:
             among = among_new(mask, span, total)
             seen = attend(new, view, scale=scale, mask=among, sinks=sinks, want_weights=weights)
             outs.append(self._observe(new, seen, handle.start + span.start) if first else seen.out)
+        if not self.lends:  # what it saw of the pool, block by block, is not to live until the last layer is done
+            self.fetched = None
         return outs[0] if len(outs) == 1 else mx.concatenate(outs, axis=2)
 
     def backend(self) -> tuple[str, str]:

@@ -55,6 +55,7 @@ class Rung:
         layers: the bounded layers in the order of their caches.
         others: how many caches are left as they are (sliding window, recurrent).
         vocab: width of the logits.
+        lends: whether later layers ask earlier ones' caches for their keys and values.
         unbatched: why two texts in one batch do not give what each gives alone; empty if they do.
     """
 
@@ -64,6 +65,7 @@ class Rung:
     others: int
     vocab: int = 0
     unbatched: str = ""
+    lends: bool = True
 
 
 class Witness:
@@ -121,16 +123,16 @@ def find_rung(model: nn.Module, make: Callable[[Wrap], list[Any]]) -> Rung:
     reasons = []
     for name, dense in (("ragged", False), ("uniform", True)):
         try:
-            layers = _try(model, make, dense, expected)
+            layers, lends = _try(model, make, dense, expected)
             unbatched = "the model does its own attention" if dense else why_unbatched(model, make)
-            return Rung(name, "; ".join(reasons), layers, others, expected.shape[-1], unbatched)
+            return Rung(name, "; ".join(reasons), layers, others, expected.shape[-1], unbatched, lends)
         except Exception as error:  # whatever the model's code does with what it is given
             reasons.append(f"{name}: {_one_line(error)}")
     return Rung("refuse", "; ".join(reasons), (), others)
 
 
-def _try(model: nn.Module, make: Callable, dense: bool, expected: mx.array) -> tuple[Layer, ...]:
-    """The layers, if all is well; raises otherwise."""
+def _try(model: nn.Module, make: Callable, dense: bool, expected: mx.array) -> tuple[tuple[Layer, ...], bool]:
+    """The layers, if all is well, and whether they lend their keys to later ones; raises otherwise."""
     roomy = CacheSettings(policy="window", n_sink=1, window=4, block=4)
     witnesses: list[Witness] = []
 
@@ -150,7 +152,7 @@ def _try(model: nn.Module, make: Callable, dense: bool, expected: mx.array) -> t
     out = _run(model, make(lambda i: PrunedKVCache(tight, tight.smallest_budget, i, dense)), tight)
     if not mx.isfinite(out).all().item():
         raise ValueError("logits are not finite once slots are evicted")
-    return layers
+    return layers, any(w.cache.asked for w in witnesses)
 
 
 def why_unbatched(model: nn.Module, make: Callable[[Wrap], list[Any]]) -> str:

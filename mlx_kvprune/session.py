@@ -16,6 +16,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_kvprune import session_file
 from mlx_kvprune.attach import attachment_of, hooked, model_id, tell_ropes
+from mlx_kvprune.batch import BatchPrunedKVCache
 from mlx_kvprune.cache import PrunedKVCache
 from mlx_kvprune.forward import leaves, pruned
 
@@ -98,8 +99,8 @@ def drop(cache: list[Any], start: int, stop: int, *, close: bool = False) -> Non
         ValueError: no such span; or keys would have to be turned that are quantized.
     """
     bounded = _bounded(cache, "drop")
-    written = bounded[0].held.written
-    if not 0 <= start < stop <= written:
+    written = min(c.held.written for c in bounded)
+    if not (isinstance(start, int) and isinstance(stop, int) and 0 <= start < stop <= written):
         raise ValueError(f"[drop] no such span of positions; got {start} to {stop}; try within 0 to {written}")
     if any(not isinstance(c, PrunedKVCache) for c in leaves(cache)):
         raise ValueError(
@@ -118,7 +119,7 @@ def end_turn(cache: list[Any]) -> None:
     From now on the tokens of each finished turn keep a floor of their own: ``turn_floor`` of the pool, in equal parts. Later
     turns cannot squeeze them below it.
     """
-    for c in pruned(cache):
+    for c in _bounded(cache, "end-turn") if cache else ():
         c.end_turn()
 
 
@@ -126,7 +127,13 @@ def end_turn(cache: list[Any]) -> None:
 
 
 def pack(cache: list[Any]) -> tuple[dict[str, mx.array], dict[str, Any]]:
-    """Arrays by name, and everything else."""
+    """Arrays by name, and everything else.
+
+    Raises:
+        ValueError: a batch.
+    """
+    if any(isinstance(c, BatchPrunedKVCache) for c in cache):
+        raise ValueError("[save] a batch is not saved; got several requests; try [c.extract(i) for c in cache]")
     arrays, others = {}, {}
     for name, leaf in tree_flatten([c.state for c in cache]):
         (arrays if isinstance(leaf, mx.array) else others)[name] = leaf

@@ -53,14 +53,14 @@ class CacheSettings:
         block: tokens between two upkeeps; the hot ring holds ``window + block`` tokens. None lets the policy choose.
         positions: ``text``: keys stay as the model rotated them. ``cache``: a token's position is its rank in the cache,
             so that texts may be longer than the model's trained context. ``auto``: ``text``, unless ``ask``, ``generate``
-            or ``chat`` see that the text becomes longer than that.
+            or ``chat`` see that the text becomes longer than that (``attach`` cannot know: ``text``).
         store: ``kv``: keys and values are stored.
         kv_bits: bits of stored keys and values (8, 6, 5, 4, 3, 2); None stores them in the model's own type.
         kv_key_bits: bits of keys alone, over ``kv_bits``.
         kv_value_bits: bits of values alone, over ``kv_bits``.
         kv_group_size: numbers that share a scale (32, 64, 128).
         kv_scheme: how keys are quantized: ``token``, ``channel``, ``page`` or ``auto`` (see docs/quantization.md).
-        kv_hadamard: rotate keys and values by a Hadamard matrix before they are quantized; None lets the bits decide.
+        kv_hadamard: rotate keys and values by a Hadamard matrix before they are quantized; None is yes.
         kv_fine_tokens: slots per KV head, out of the budget, for the best tokens in a finer precision.
         kv_fine_bits: bits of those; None stores them in the model's own type.
         head_floor: share of an equal budget that every head keeps under ``head_adaptive`` and ``global``.
@@ -105,7 +105,7 @@ class CacheSettings:
         _one_of("positions", self.positions, ("text", "cache", "auto"))
         _one_of("store", self.store, ("kv",))
         for name in ("head_floor", "turn_floor"):
-            if not 0 <= getattr(self, name) <= 1:
+            if not isinstance(getattr(self, name), int | float) or not 0 <= getattr(self, name) <= 1:
                 where = name.replace("_", "-")
                 raise ValueError(f"[{where}] must be a share from 0 to 1; got {getattr(self, name)!r}; try 0.2")
         self._check_bits()
@@ -223,6 +223,6 @@ def _at_least(name: str, value: Any, least: int) -> None:
 
 
 def _one_of(name: str, value: Any, known: tuple[Any, ...]) -> None:
-    if value not in known or isinstance(value, bool):
+    if value not in known or isinstance(value, bool | float):
         hint = ", ".join(str(x) for x in known if x is not None)
         raise ValueError(f"[{name}] not known; got {value!r}; try one of: {hint}")

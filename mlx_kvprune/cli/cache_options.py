@@ -53,7 +53,7 @@ TurnFloor = Annotated[
         "--turn-floor",
         panel=CACHE,
         metavar="X",
-        help="In a conversation: the share of the cache that earlier turns keep, in equal parts.",
+        help="In a conversation: the share of the slots beside ring and sinks that finished turns keep, in equal parts.",
     ),
 ]
 Sinks = Annotated[
@@ -119,7 +119,7 @@ KVHadamard = Annotated[
     option(
         "--kv-hadamard/--no-kv-hadamard",
         panel=BITS,
-        help="Rotate keys and values by a Hadamard matrix first, which spreads outliers. Default: with 3 bits and fewer.",
+        help="Rotate keys and values by a Hadamard matrix first, which spreads outliers. On by default.",
     ),
 ]
 KVFineTokens = Annotated[

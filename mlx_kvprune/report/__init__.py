@@ -57,6 +57,8 @@ def report(cache: list[Any]) -> CacheReport:
     """
     if not isinstance(cache, list | tuple) or not cache:
         raise ValueError(f"[report] not a list of caches; got {type(cache).__name__}; try report(model.make_cache())")
+    if not all(hasattr(c, "nbytes") for c in leaves(cache)):
+        raise ValueError(f"[report] not a list of caches; got {cache[0]!r}; try report(model.make_cache())")
     bounded = pruned(cache)
     if not bounded:
         return _report_stock(cache)
@@ -69,7 +71,9 @@ def report(cache: list[Any]) -> CacheReport:
         tokens_seen=max(c.tokens_seen for c in bounded),
         slots_held=max(c.size() for c in bounded),
         kv_bytes=sum(c.nbytes for c in bounded),
-        kv_bytes_peak=sum(max(c.nbytes_peak, c.nbytes) for c in bounded),
+        kv_bytes_peak=max(first.nbytes_peak_all, sum(c.nbytes for c in bounded))
+        if first.nbytes_peak_all
+        else sum(max(c.nbytes_peak, c.nbytes) for c in bounded),
         kv_bytes_full=sum(c.nbytes_full for c in bounded),
         kv_bytes_other=sum(c.nbytes for c in leaves(cache) if not isinstance(c, PrunedKVCache)),
         layers=len({c.layer for c in bounded}),

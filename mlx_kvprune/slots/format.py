@@ -38,6 +38,8 @@ class Rows:
 
     def mix(self, weights: mx.array) -> mx.array:
         """``weights (..., R, n)`` times the values, ``(..., R, D)``."""
+        if self.codec.bits is None:  # in the values' own type, lest all of them be promoted to that of the weights
+            return weights.astype(self.parts[0].dtype) @ self.parts[0]
         if self._few(weights, VALUES_AT_ONCE):
             return self.codec.mix(weights, self.parts, self.frame)
         return weights @ self.decoded(weights.dtype)

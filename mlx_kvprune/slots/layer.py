@@ -271,9 +271,7 @@ class LayerSlots:
         return self.ring.span(self.pinned(), self.pinned() + n)
 
     def _left(self, n: int) -> None:
-        start = self.pinned()
-        stay = np.arange(self.ring.count)
-        self.ring.keep(stay[(stay < start) | (stay >= start + n)] if start else slice(n, None))
+        self.ring.remove(self.pinned(), self.pinned() + n)
         if self.final or not all(spec.exact for spec in self.specs):
             self.final = self.written
         self._rank()

@@ -208,7 +208,7 @@ class PagedPool:
             for name, rows in writes.rows.items():
                 self._put(name, writes.at, rows)
         self.owner, self.positions = writes.moves.owner, writes.positions
-        if (self.owner == NOBODY).any():
+        if (self.owner == NOBODY).any() or (self.contested and self.capacity > self.used):
             self._close_ranks()
         self._lay_out()
 

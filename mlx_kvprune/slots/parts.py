@@ -131,7 +131,8 @@ class PagedPart:
 
     def _scores(self, queries: mx.array) -> mx.array:
         """``(B * H_kv, R, D)`` -> ``(P, R, PAGE)``."""
-        if queries.shape[1] <= FEW_QUERIES or self.keys.codec.bits is not None:
+        exact = self.keys.codec.bits is None and queries.dtype == mx.float32  # on the CPU ``gather_mm`` takes no other
+        if queries.shape[1] <= FEW_QUERIES or not exact:
             return self.keys.scores(queries[self.layout.owner])
         pages = mx.arange(self.layout.owner.shape[0], dtype=mx.uint32)
         return mx.gather_mm(queries, self.keys.parts[0].swapaxes(-1, -2), self.layout.owner, pages)

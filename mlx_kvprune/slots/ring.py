@@ -88,6 +88,13 @@ class Ring:
             self.memory = join(self.memory, tokens.memory)
         self.positions = np.insert(self.positions, at, np.array(tokens.positions)[0, 0])
 
+    def remove(self, start: int, stop: int) -> None:
+        """Remove the tokens ``start .. stop - 1``; what stays does not keep the larger buffer alive."""
+        join = lambda x: mx.concatenate([x[:, :, :start], x[:, :, stop:]], axis=2)
+        self.keys, self.values = join(self.keys), join(self.values)
+        self.memory = None if self.memory is None else join(self.memory)
+        self.positions = np.concatenate([self.positions[:start], self.positions[stop:]])
+
     def keep(self, index: slice | np.ndarray) -> None:
         """Keep some tokens; what stays does not keep the larger buffer alive."""
         where = index if isinstance(index, slice) else mx.array(index)
