@@ -119,7 +119,9 @@ def end_turn(cache: list[Any]) -> None:
     From now on the tokens of each finished turn keep a floor of their own: ``turn_floor`` of the pool, in equal parts. Later
     turns cannot squeeze them below it.
     """
-    for c in _bounded(cache, "end-turn") if cache else ():
+    if not isinstance(cache, list | tuple):
+        raise ValueError(f"[end-turn] not a list of caches; got {type(cache).__name__}; try model.make_cache()")
+    for c in pruned(cache):  # caches that keep everything need no floor
         c.end_turn()
 
 

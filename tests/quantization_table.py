@@ -1,6 +1,7 @@
 """Bits x scheme against the unquantized bounded cache: writes docs/quantization.md.
 
-    python tests/quantization_table.py MODEL NAME=FILE [NAME=FILE ...] > rows.jsonl      (about 15 minutes for three texts)
+    python tests/quantization_table.py MODEL NAME=FILE [NAME=FILE ...] > rows.jsonl      (about 15 minutes for three texts;
+        TOKENS=768 SCHEMES="8 token;4 token" in the environment for less)
     python tests/quantization_table.py --page rows.jsonl [rows.jsonl ...]                (writes the page)
 
 FILE is whatever ``mlx-kvprune eval --data`` reads. All conditions read a text in lockstep, with the same budget in tokens.
@@ -9,6 +10,7 @@ FILE is whatever ``mlx-kvprune eval --data`` reads. All conditions read a text i
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from mlx_kvprune.evals.texts import documents, excerpt
 from mlx_kvprune.settings import Budget
 
 ROOT = Path(__file__).parent.parent
-BUDGET, TOKENS, START = 512, 1536, 256
+BUDGET, TOKENS, START = 512, int(os.environ.get("TOKENS", "1536")), 256
 BASE = ("window", Budget(tokens=BUDGET), 0)
 PLAIN = {"kv_hadamard": False}
 SCHEMES: dict[str, dict[str, Any]] = {
@@ -39,7 +41,7 @@ SCHEMES: dict[str, dict[str, Any]] = {
 HEAD = f"""# Quantized storage: bits and schemes
 
 `python tests/quantization_table.py` (see its head). Policy `window`, budget {BUDGET} slots per KV head, float32 on a
-CPU, {TOKENS:,} tokens of each text; everything is compared with **the same bounded cache without quantization**, over
+CPU; everything is compared with **the same bounded cache without quantization**, over
 the tokens after the first {START}. Sinks, window and ring are never quantized. NLL: change relative to the
 unquantized cache's, with the 95% interval of a block bootstrap. KL: from the unquantized cache's prediction, in
 thousandths of a nat. Bytes are those of the bounded layers.
@@ -62,7 +64,8 @@ def measure(name: str, texts: dict[str, Path]) -> None:
     model, tokenizer = load(name, dtype="float32")
     attach(model, quiet=True)
     base = Condition(*BASE)
-    schemes = {Condition(*BASE, tuple(more.items())): label for label, more in SCHEMES.items()}
+    wanted = os.environ.get("SCHEMES", ";".join(SCHEMES)).split(";")
+    schemes = {Condition(*BASE, tuple(SCHEMES[label].items())): label for label in wanted}
     for text, path in texts.items():
         tokens = excerpt(tokenizer, documents(path), TOKENS)
         traces = trace(model, tokens, [base, *schemes], against=base)
@@ -90,7 +93,7 @@ def page(rows: list[dict[str, Any]]) -> str:
         mine = [r for r in rows if r["model"] == model]
         texts = list(dict.fromkeys(r["text"] for r in mine))
         out += [
-            f"## {model}",
+            f"## {model}, {mine[0].get('tokens', 1536):,} tokens of each text",
             "",
             "| bits, scheme | MB | " + " | ".join(texts) + " | mean |",
             "|---" * (len(texts) + 3) + "|",
