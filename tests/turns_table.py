@@ -41,11 +41,11 @@ TALK = (
     ("What is the capital of Peru?", "The capital of Peru is Lima, a city of about ten million people on the coast."),
 ) * 4
 SETTINGS = (
+    ("snapkv", 0.0),
+    ("snapkv", 0.5),
     ("full", None),
     ("window", 0.0),
     ("window", 0.5),
-    ("snapkv", 0.0),
-    ("snapkv", 0.5),
     ("h2o", 0.0),
     ("h2o", 0.5),
 )
