@@ -29,6 +29,7 @@ from mlx_kvprune.storage import LayerShape, layer_nbytes
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 KV_HEADS, WIDTH, SLOTS, WINDOW, BLOCK, N_SINK = 2, 32, 176, 16, 32, 3
+POOL = SLOTS - WINDOW - BLOCK - N_SINK
 SETTINGS = {
     "as they are": {},
     "channel 4": {"kv_bits": 4, "kv_scheme": "channel"},
@@ -65,12 +66,11 @@ class Model:
         rows = reference.random(None, head, positions, seed=0, layer=0)
         return dict(zip(positions, rows.tolist(), strict=True))
 
-    def ranked(self, head: int) -> list[int]:
-        """Everything held, worst first."""
-        held = self.pools[head] + self.ring
+    def ranked(self, head: int, leaving: list[int]) -> list[int]:
+        """Everything that competes, worst first."""
+        held = self.pools[head] + leaving
         scores = self.score(head, held)
-        scores |= {p: np.inf for p in held if p < N_SINK}
-        floor = int(self.settings.turn_floor * (SLOTS - WINDOW - BLOCK)) // len(self.turns) if self.turns else 0
+        floor = int(self.settings.turn_floor * POOL) // len(self.turns) if self.turns else 0
         for start, stop in itertools.pairwise([0, *self.turns]) if floor else ():
             inside = sorted((p for p in held if start <= p < stop), key=lambda p: (scores[p], p))
             scores |= {p: max(scores[p], 1e30) for p in inside[-floor:]}
@@ -79,12 +79,12 @@ class Model:
     def read(self, keys: np.ndarray, rooms: list[int]) -> None:
         """Tokens one by one; ``rooms`` says how many slots each head's pool has at most."""
         for key in keys:
-            if len(self.ring) == WINDOW + BLOCK:
-                leaving, ranked = self.ring[:BLOCK], [self.ranked(h) for h in range(KV_HEADS)]
-                self.ring = self.ring[BLOCK:]
-                for head, pool in enumerate(self.pools):
-                    candidates = {*pool, *leaving}
-                    kept = [p for p in ranked[head] if p in candidates]
+            pinned = sum(p < N_SINK for p in self.ring)
+            if len(self.ring) - pinned == WINDOW + BLOCK:
+                leaving = self.ring[pinned : pinned + BLOCK]
+                self.ring = self.ring[:pinned] + self.ring[pinned + BLOCK :]
+                for head in range(KV_HEADS):
+                    kept = self.ranked(head, leaving)
                     self.pools[head] = sorted(kept[-rooms[head] :] if rooms[head] else [])
             self.ring.append(self.written)
             self.tokens[self.written] = key
@@ -94,9 +94,9 @@ class Model:
         self.written -= n
         self.turns = [x for x in self.turns if x <= self.written]
         if nothing_is_final:
-            moved = -(-max(0, self.written - WINDOW - BLOCK) // BLOCK) * BLOCK
-            self.pools = [list(range(moved)) for _ in self.pools]
-            self.ring = list(range(moved, self.written))
+            moved = -(-max(0, self.written - N_SINK - WINDOW - BLOCK) // BLOCK) * BLOCK
+            self.pools = [list(range(N_SINK, N_SINK + moved)) for _ in self.pools]
+            self.ring = [*range(N_SINK), *range(N_SINK + moved, self.written)]
         self.ring = [p for p in self.ring if p < self.written]
 
     def drop(self, start: int, stop: int, shift: int) -> None:
@@ -140,7 +140,7 @@ class CacheMachine(RuleBasedStateMachine):
             assert mx.isfinite(out).all()
             self.cache.fetched = None
             counts = (np.array(self.cache.held.positions())[0] >= 0).sum(axis=1) - self.cache.held.ring.count
-            rooms = counts.tolist() if self.settings.ragged else [SLOTS - WINDOW - BLOCK] * KV_HEADS
+            rooms = counts.tolist() if self.settings.ragged else [POOL] * KV_HEADS
             self.model.read(keys[i : i + 1] if self.settings.ragged else keys, rooms)
 
     @rule(ours=st.booleans())
