@@ -150,9 +150,12 @@ class PrunedKVCache:
     def _count(self, n: int) -> None:
         """Note ``n`` new tokens."""
         self.tokens_seen += n
-        self.offset += n
-        if self.settings.positions == "cache" and self.frame:
-            self.offset = min(self.offset, self.frame)
+        self._set_offset(self.offset + n)
+
+    def _set_offset(self, offset: int) -> None:
+        """Positions in the cache do not grow beyond the frame."""
+        framed = self.settings.positions == "cache" and self.frame
+        self.offset = min(offset, self.frame) if framed else offset
 
     def _update_dense(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         self.room()
@@ -225,14 +228,9 @@ class PrunedKVCache:
         if n:
             self.held.forget(n)
             self.tokens_seen, self.planned = self.tokens_seen - n, None
-            self._rewind_offset()
+            self._set_offset(self.held.written)
             self.turns = tuple(x for x in self.turns if x <= self.held.written)
         return n
-
-    def _rewind_offset(self) -> None:
-        self.offset = self.held.written
-        if self.settings.positions == "cache" and self.frame:
-            self.offset = min(self.offset, self.frame)
 
     def drop(self, start: int, stop: int, close: bool) -> None:
         """Forget the positions ``start .. stop - 1`` of the text.
@@ -256,7 +254,7 @@ class PrunedKVCache:
             self.signals = {**self.signals, "queries": turn(self.signals["queries"], shift)}
         turns = (x if x <= start else max(start, x - shift) for x in self.turns)
         self.turns = tuple(dict.fromkeys(x for x in turns if x))  # a turn that is gone whole needs no floor
-        self._rewind_offset()
+        self._set_offset(self.held.written)
 
     def check_drop(self, close: bool) -> None:
         """Raise ``ValueError`` where closing a gap would turn quantized keys."""

@@ -13,9 +13,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-PAGE = 32
-BITS = (8, 6, 5, 4, 3, 2)
-GROUP_SIZES = (32, 64, 128)
+from mlx_kvprune.settings import BITS, GROUP_SIZES, PAGE
+
 SCHEMES = ("token", "channel", "page")
 FITTED = (3, 2)  # bits for which levels are fitted by least squares: from 4 on there is little to gain
 FITS = 2

@@ -17,7 +17,7 @@ from typing import Any
 
 from mlx_kvprune import attach, blas, make_cache, report  # first: the fast BLAS comes before mlx.core
 from mlx_kvprune.bench.equal import equal_length
-from mlx_kvprune.bench.variants import made, spread_of, text_of
+from mlx_kvprune.bench.variants import decode_seconds, made, spread_of, text_of
 
 import mlx.core as mx  # isort: skip
 
@@ -100,7 +100,7 @@ def decode(model: Any, caches: dict[str, list[Any]], tokens: list[int], args: ar
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(args.decode_rounds):
         for name, cache in runs.items():
-            seconds[name].append(_decode_once(model, cache, args.decode_tokens) / args.decode_tokens)
+            seconds[name].append(decode_seconds(model, cache, args.decode_tokens) / args.decode_tokens)
     table = {}
     _say(f"decode after {len(tokens)} tokens: tok/s, and times stock's")
     for name, times in seconds.items():
@@ -112,18 +112,6 @@ def decode(model: Any, caches: dict[str, list[Any]], tokens: list[int], args: ar
         table[policy]["to_600"] = spread_of([short / long for short, long in pairs])
         _say(f"  {policy}: speed at {len(tokens)} is x{text_of(table[policy]['to_600'], '.2f')} of that at 600")
     return table
-
-
-def _decode_once(model: Any, cache: list[Any], n: int) -> float:
-    """Seconds for ``n`` tokens in mlx-lm's own loop."""
-    from mlx_lm.generate import generate_step
-
-    steps = generate_step(mx.array([1]), model, max_tokens=n + 1, prompt_cache=cache)
-    next(steps)
-    start = time.perf_counter()
-    for _ in range(n):
-        next(steps)
-    return time.perf_counter() - start
 
 
 def resident(caches: dict[str, list[Any]]) -> dict[str, Any]:

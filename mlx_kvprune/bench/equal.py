@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
 from mlx_kvprune import make_cache
-from mlx_kvprune.bench.variants import made, spread_of, text_of
+from mlx_kvprune.bench.variants import decode_seconds, made, spread_of, text_of
 from mlx_kvprune.forward import leaves, pruned
 
 import mlx.core as mx  # isort: skip
@@ -29,7 +28,7 @@ def equal_length(
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, cache in runs.items():
-            times[name].append(_decode(model, cache, tokens))
+            times[name].append(decode_seconds(model, cache, tokens) / tokens)
     say(f"decode with {slots} slots per KV head held, nothing evicted: ms a token, and times stock's speed")
     out = {}
     for name, seconds in times.items():
@@ -61,15 +60,3 @@ def _fill(caches: list[Any], widths: list[tuple[int, int, int]], slots: int) -> 
                     pass
                 cache.fetched = None
             mx.eval(cache.state)
-
-
-def _decode(model: Any, cache: list[Any], n: int) -> float:
-    """Seconds per token."""
-    from mlx_lm.generate import generate_step
-
-    steps = generate_step(mx.array([1]), model, max_tokens=n + 1, prompt_cache=cache)
-    next(steps)
-    start = time.perf_counter()
-    for _ in range(n):
-        next(steps)
-    return (time.perf_counter() - start) / n

@@ -10,7 +10,6 @@ from typing import Any
 from mlx_kvprune import session_file
 from mlx_kvprune.attach import model_id
 from mlx_kvprune.cli.conversation import Conversation
-from mlx_kvprune.policy import find
 from mlx_kvprune.session import pack, unpack
 from mlx_kvprune.settings import CacheSettings
 
@@ -45,7 +44,7 @@ def load(talk: Conversation, path: str) -> Path:
         arrays, meta = session_file.read(place)
         content = _content(meta, place)
         settings = CacheSettings.from_json(content["settings"])
-        cache = _caches(arrays, meta, talk.model, find(settings.policy).scorer is not None)
+        cache = unpack(arrays, meta, talk.model)
     talk.cache, talk.settings = cache, settings
     for name in KEPT:
         setattr(talk, name, content[name])
@@ -62,19 +61,6 @@ def _content(meta: dict[str, Any], place: Path) -> dict[str, Any]:
     if content.get("version") != VERSION:
         raise ValueError(f"[load] of another version; got {content.get('version')}; try to save it again with this one")
     return content
-
-
-def _caches(arrays: dict[str, Any], meta: dict[str, Any], model: Any, bounded: bool) -> list[Any]:
-    """The caches of a file; also those of the policy ``full``, which ``unpack`` refuses: none of them is bounded."""
-    if bounded:
-        return unpack(arrays, meta, model)
-    from mlx.utils import tree_unflatten
-    from mlx_lm.models import cache as theirs
-
-    if meta["model"] != model_id(model):
-        raise ValueError(f"[load] saved with another model; got {meta['model']}; try it with that model")
-    states: Any = tree_unflatten([*arrays.items(), *meta["others"].items()])
-    return [getattr(theirs, name).from_state(state) for name, state in zip(meta["classes"], states, strict=True)]
 
 
 def _place(path: str) -> Path:
