@@ -89,25 +89,26 @@ def attend_ops(
     gqa_factor = n_heads // kv_heads
     rows = (batch, kv_heads, gqa_factor * n_new)
     grouped = (queries * (scale * LOG2_E)).reshape(*rows, width)
-    logits = [part.logits(grouped) for part in view.parts]
+    parts = [part.for_rows(gqa_factor * n_new, queries.dtype) for part in view.parts]
+    logits = [part.logits(grouped) for part in parts]
     if n_new > 1 or isinstance(mask, mx.array):
         newest = logits[-1].reshape(batch, kv_heads, gqa_factor, n_new, -1)
         logits[-1] = _masked(newest, mask).reshape(*rows, -1)
-    peaks = [part.peak(x) for part, x in zip(view.parts, logits, strict=True)]
+    peaks = [part.peak(x) for part, x in zip(parts, logits, strict=True)]
     if sinks is not None:
         column = (sinks.astype(mx.float32) * LOG2_E).reshape(1, kv_heads, gqa_factor, 1)
         peaks.append(mx.broadcast_to(column, (batch, kv_heads, gqa_factor, n_new)).reshape(*rows, 1))
     peak = functools.reduce(mx.maximum, peaks)
-    weights = [exp2(x - part.spread(peak)) for part, x in zip(view.parts, logits, strict=True)]
-    totals = [part.total(w) for part, w in zip(view.parts, weights, strict=True)]
+    weights = [exp2(x - part.spread(peak)) for part, x in zip(parts, logits, strict=True)]
+    totals = [part.total(w) for part, w in zip(parts, weights, strict=True)]
     if sinks is not None:
         totals.append(exp2(peaks[-1] - peak))
     total = sum(totals[1:], totals[0])
-    products = [part.mix(w) for part, w in zip(view.parts, weights, strict=True)]
+    products = [part.mix(w) for part, w in zip(parts, weights, strict=True)]
     out = (sum(products[1:], products[0]) / total).astype(queries.dtype).reshape(batch, n_heads, n_new, -1)
     if not want_weights:
         return Attended(out)
-    by_head = (part.by_head(w) / total for part, w in zip(view.parts, weights, strict=True))
+    by_head = (part.by_head(w) / total for part, w in zip(parts, weights, strict=True))
     return Attended(out, tuple(w.reshape(batch, kv_heads, gqa_factor, n_new, -1) for w in by_head))
 
 

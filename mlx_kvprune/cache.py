@@ -436,9 +436,8 @@ class PrunedKVCache:
         assert contest.candidates is not None
         pool = self.held.last
         assert isinstance(pool, PagedPool)
-        ranked = [contest.candidates.of_head(head) for head in range(pool.heads)]
         floor = floor_pages(self.page_limit, pool.heads, self.settings, self.protected)
-        return share_pages(ranked, self.page_limit, floor, pool.units)
+        return share_pages(contest.candidates.ranked, self.page_limit, floor, pool.units)
 
     @property
     def page_limit(self) -> int:

@@ -95,9 +95,7 @@ def _shares(caches: list[PrunedKVCache]) -> list[Any]:
     pools = [c.held.last for c in caches]
     assert all(isinstance(pool, PagedPool) for pool in pools)
     heads = [pool.heads for pool in pools if isinstance(pool, PagedPool)]
-    ranked = [
-        x.candidates.of_head(h) for x, n in zip(contests, heads, strict=True) if x and x.candidates for h in range(n)
-    ]
+    ranked = [keys for x in contests if x and x.candidates for keys in x.candidates.ranked]
     pages = sum(c.page_limit for c in caches)
     floor = floor_pages(pages, len(ranked), caches[0].settings, caches[0].protected)
     shares = share_pages(ranked, pages, floor, PAGE // caches[0].held.last.format.granule)

@@ -30,23 +30,17 @@ class Moves:
     old_from: np.ndarray
 
 
-def best(slots: np.ndarray, live: np.ndarray, new: np.ndarray, room: int) -> tuple[np.ndarray, np.ndarray]:
-    """The best ``room`` of one head's live units and new ones, as masks over both.
+def worst_kept(ranked: np.ndarray, room: int) -> int:
+    """The order key from which on a head keeps its units: no two are alike.
 
     Args:
-        slots: order keys of the head's units ``(pages, units)``.
-        live: which of them hold something.
-        new: order keys of the new units ``(n,)``.
+        ranked: order keys of all it could keep, best first.
         room: how many may stay.
     """
-    keys = np.concatenate([slots[live], new])
-    keep = np.ones(len(keys), bool)
-    if len(keys) > room:
-        surplus = len(keys) - room
-        keep[np.argpartition(keys, surplus - 1)[:surplus]] = False
-    stay = live.copy()
-    stay[live] = keep[: len(keys) - len(new)]
-    return stay, keep[len(keys) - len(new) :]
+    least, most = np.iinfo(np.int64).min, np.iinfo(np.int64).max
+    if room <= 0:
+        return most
+    return least if len(ranked) <= room else int(ranked[room - 1])
 
 
 def plan(owner: np.ndarray, kept: np.ndarray, new: np.ndarray, targets: np.ndarray) -> Moves:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import mlx.core as mx
 import numpy as np
@@ -34,10 +35,11 @@ class Candidates:
     new: np.ndarray
     owner: np.ndarray
 
-    def of_head(self, head: int) -> np.ndarray:
-        """Order keys of everything that a head could keep, best first."""
-        mine = self.owner == head
-        return np.sort(np.concatenate([self.slots[mine][self.live[mine]], self.new[head]]))[::-1]
+    @cached_property
+    def ranked(self) -> list[np.ndarray]:
+        """Order keys of everything that each head could keep, best first."""
+        of_head = lambda mine, new: np.sort(np.concatenate([self.slots[mine][self.live[mine]], new]))[::-1]
+        return [of_head(self.owner == head, new) for head, new in enumerate(self.new)]
 
 
 @dataclass(frozen=True)
@@ -191,13 +193,10 @@ class PagedPool:
 
         Nothing is written yet.
         """
-        kept, new = np.zeros_like(candidates.live), np.zeros(candidates.new.shape, bool)
-        for head in range(self.heads):
-            mine = self.owner == head
-            room = int(targets[head]) * self.units
-            kept[mine], new[head] = moves.best(
-                candidates.slots[mine], candidates.live[mine], candidates.new[head], room
-            )
+        rooms = [int(target) * self.units for target in targets]
+        worst = np.array([moves.worst_kept(x, room) for x, room in zip(candidates.ranked, rooms, strict=True)])
+        kept = candidates.live & (candidates.slots >= worst[self.owner, None])
+        new = candidates.new >= worst[:, None]
         return replace(self._rows(tokens, moves.plan(self.owner, kept, new, targets)), contested=True)
 
     def write(self, writes: PageWrites) -> None:

@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_kvprune.slots.format import Rows
+from mlx_kvprune.settings import PAGE
+from mlx_kvprune.slots.format import Rows, plain
 
-FEW_QUERIES = 16  # beyond it queries are gathered by index instead of copied to the pages
+FEW_QUERIES = 64  # rows up to which the products of a page's rows are smaller than the page
+MOST_PADDING = 2  # beyond it, heads differ so much that gathering the pages by head would be mostly padding
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,10 @@ class Part:
     def by_head(self, weights: mx.array) -> mx.array:
         """Weights ``(B, H_kv, R, S)``."""
         return weights
+
+    def for_rows(self, rows: int, dtype: mx.Dtype) -> Part:
+        """The part as it is cheapest for ``rows`` query rows."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -128,6 +134,19 @@ class PagedPart:
         gathered = self.layout.gather(weights, 0.0)  # (B * H_kv, pages, R, PAGE)
         gathered = gathered.swapaxes(1, 2)
         return self.layout.heads(gathered.reshape(*gathered.shape[:2], -1))
+
+    def for_rows(self, rows: int, dtype: mx.Dtype) -> Part | PagedPart:
+        """The part as it is cheapest for ``rows`` query rows: many of them want the slots of each head side by side.
+
+        Page by page, ``mix`` makes products of ``(P, R, D_v)``: for a block of prefill many times the pool.
+        """
+        pages, width = self.layout.owner.shape[0], self.layout.table.shape[1]
+        if rows <= FEW_QUERIES or self.layout.table.size > MOST_PADDING * pages:
+            return self
+        gather = lambda x, fill: self.layout.heads(self.layout.gather(x, fill).reshape(-1, width * PAGE, *x.shape[2:]))
+        used = mx.ones((pages, PAGE), mx.bool_) if self.mask is None else self.mask[:, 0]
+        keys, values = (plain(gather(x.decoded(dtype), 0.0)) for x in (self.keys, self.values))
+        return Part(keys, values, gather(used, False)[:, :, None])
 
     def _scores(self, queries: mx.array) -> mx.array:
         """``(B * H_kv, R, D)`` -> ``(P, R, PAGE)``."""

@@ -24,8 +24,8 @@ at_leisure = settings(deadline=None)  # a busy machine is no failure
 
 
 @at_leisure
-@given(st.integers(0, 4), st.integers(1, 6), st.integers(0, 9), st.integers(1, 30), st.integers(0, 999))
-def test_best_against_sorting(pages, units, n, room, seed):
+@given(st.integers(0, 4), st.integers(1, 6), st.integers(0, 9), st.integers(0, 30), st.integers(0, 999))
+def test_worst_kept_against_sorting(pages, units, n, room, seed):
     rng = np.random.default_rng(seed)
     keys = rng.permutation(pages * units + n)
     slots, new, live = (
@@ -33,9 +33,10 @@ def test_best_against_sorting(pages, units, n, room, seed):
         keys[pages * units :],
         rng.random((pages, units)) > 0.3,
     )
-    stay, come = moves.best(slots, live, new, room)
+    least = moves.worst_kept(np.sort(np.concatenate([slots[live], new]))[::-1], room)
+    stay, come = live & (slots >= least), new >= least
     kept = sorted([*slots[stay].tolist(), *new[come].tolist()])
-    assert kept == (sorted([*slots[live].tolist(), *new.tolist()])[-room:])
+    assert kept == (sorted([*slots[live].tolist(), *new.tolist()])[::-1][:room][::-1])
     assert not (stay & ~live).any()
 
 
