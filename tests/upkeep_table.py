@@ -54,9 +54,11 @@ def measure(allocator: str, slots: int, **more: int) -> str:
         upkeeps.append(time.perf_counter() - start)
         peaks.append(mx.get_peak_memory() - active)
     step, upkeep = median(steps), median(upkeeps)
+    share = upkeep / (block * step + upkeep)
     return (
-        f"{allocator:14} {slots:6} slots {more.get('kv_bits', 32):2} bits step {1e3 * step:6.2f} ms   upkeep {1e3 * upkeep:5.2f} ms every {block}: "
-        f"{upkeep / (block * step + upkeep):.1%}   pool {cache.nbytes / 1e6:6.1f} MB, peak {max(peaks) / 1e6:+.1f} MB"
+        f"{allocator:14} {slots:6} slots {more.get('kv_bits', 32):2} bits   step {1e3 * step:6.2f} ms   "
+        f"upkeep {1e3 * upkeep:5.2f} ms every {block}: {share:.1%}   "
+        f"pool {cache.nbytes / 1e6:6.1f} MB, peak {max(peaks) / 1e6:+.1f} MB"
     )
 
 

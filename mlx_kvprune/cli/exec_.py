@@ -14,6 +14,7 @@ import typer
 
 from mlx_kvprune.cli.cache_options import CacheOptions, fields_of, settings_of
 from mlx_kvprune.cli.options import Dtype, Seed, spread
+from mlx_kvprune.cli.output import say
 from mlx_kvprune.settings import CacheSettings
 
 EPILOG = """Examples:
@@ -119,7 +120,7 @@ def directory(name: Any, dtype: str | None) -> Any:
 
 @contextmanager
 def hooked(settings: CacheSettings, dtype: str | None = None) -> Iterator[None]:
-    """While this is entered, every model that mlx-lm loads is attached."""
+    """While this is entered, every model that mlx-lm loads is attached, and caches read from files are looked at."""
     import mlx_lm.models.cache
     import mlx_lm.utils
 
@@ -135,18 +136,48 @@ def hooked(settings: CacheSettings, dtype: str | None = None) -> Iterator[None]:
         attach(loaded[0], **fields_of(settings))
         return loaded
 
-    _rebind(original, load)
+    from_file = mlx_lm.models.cache.load_prompt_cache
+
+    def load_prompt_cache(path: Any, *args: Any, **kwargs: Any) -> Any:
+        found = from_file(path, *args, **kwargs)
+        _tell_settings(path, found[0] if isinstance(found, tuple) else found, settings)
+        return found
+
+    _rebind("load", original, load)
+    _rebind("load_prompt_cache", from_file, load_prompt_cache)
     try:
         yield
     finally:
-        _rebind(load, original)
+        _rebind("load", load, original)
+        _rebind("load_prompt_cache", load_prompt_cache, from_file)
 
 
-def _rebind(old: Callable[..., Any], new: Callable[..., Any]) -> None:
-    """Put ``new`` under every name ``load`` of mlx-lm's modules that means ``old``."""
+def _tell_settings(path: Any, cache: list[Any], asked: CacheSettings) -> None:
+    """A cache from a file keeps the settings it was made with: say so where others were asked for.
+
+    Raises:
+        ValueError: it is not bounded at all, though a bounded one was asked for.
+    """
+    from mlx_kvprune.forward import leaves, pruned
+    from mlx_kvprune.policy import policy_for
+
+    bounded = pruned(cache)
+    if not bounded:
+        if asked.policy != "full" and any(type(c).__name__ == "KVCache" for c in leaves(cache)):
+            raise ValueError(
+                f"[exec] a cache without bounds; got {path}; try one that exec -- mlx_lm.cache_prompt wrote, or --policy full"
+            )
+        return
+    found, wanted = bounded[0].settings, policy_for(asked)[1]
+    if found.but(positions=wanted.positions, seed=wanted.seed) != wanted:
+        say(f"The cache in {path} keeps its own settings: {found.described()}. Those of this command are not used.")
+
+
+def _rebind(attribute: str, old: Callable[..., Any], new: Callable[..., Any]) -> None:
+    """Put ``new`` under every name ``attribute`` of mlx-lm's modules that means ``old``."""
     for name, module in list(sys.modules.items()):
-        if name.partition(".")[0] == "mlx_lm" and getattr(module, "load", None) is old:
-            setattr(module, "load", new)  # noqa: B010
+        if name.partition(".")[0] == "mlx_lm" and getattr(module, attribute, None) is old:
+            setattr(module, attribute, new)
 
 
 def _module(verb: str) -> Any:

@@ -105,10 +105,28 @@ def test_prompt_cache_goes_from_one_verb_to_another(options, tiny, tmp_path):
     used = run("exec", *given, "--", "mlx_lm.generate", *words, "--prompt", "c", "-m", "20")
     assert used.returncode == 0, used.stderr
     assert "Generation: 20 tokens" in used.stdout
+    assert "keeps its own settings" not in used.stderr
     rebind.register()
     held = load_prompt_cache(cache)
     assert all(c.settings.key_bits == (int(given[3]) if options else None) for c in held)
     assert sum(c.held.held() for c in held) <= 160 * 2 * 2
+
+
+def test_prompt_cache_with_other_settings_is_told(tiny, tmp_path):
+    words = ("--model", str(tiny), "--prompt-cache-file", str(tmp_path / "cache.safetensors"))
+    assert run("exec", "--budget", "160", "--", "mlx_lm.cache_prompt", *words, "--prompt", "b" * 300).returncode == 0
+    used = run("exec", "--budget", "200", "--", "mlx_lm.generate", *words, "--prompt", "c", "-m", "4")
+    assert used.returncode == 0, used.stderr
+    assert "keeps its own settings: policy window, budget 160. Those of this command are not used." in used.stderr
+
+
+def test_prompt_cache_without_bounds_is_refused(tiny, tmp_path):
+    words = ("--model", str(tiny), "--prompt-cache-file", str(tmp_path / "cache.safetensors"))
+    made = run("exec", "--policy", "full", "--", "mlx_lm.cache_prompt", *words, "--prompt", "b" * 30)
+    assert made.returncode == 0, made.stderr
+    used = run("exec", "--budget", "200", "--", "mlx_lm.generate", *words, "--prompt", "c", "-m", "4")
+    assert used.returncode == 2
+    assert "[exec] a cache without bounds" in used.stderr and "Traceback" not in used.stderr
 
 
 def test_quantized_generate(tiny):
