@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from mlx_kvprune.kernels import attend_block, attend_slots
+from mlx_kvprune.kernels.attend_slots import MOST_NEW
 from mlx_kvprune.numerics import LOG2_E, exp2
-from mlx_kvprune.slots import PagedPart, Part
+from mlx_kvprune.slots import EVERYTHING, PagedPart, Part, Sight
 
 Mask = mx.array | str | None
 
@@ -39,13 +41,27 @@ class Attended:
     weights: tuple[mx.array, ...] | None = None
 
 
-def backend(n_parts: int, want_weights: bool) -> tuple[str, str]:
-    """Which implementation serves a view of ``n_parts``, and why: ``(name, reason)``."""
-    if want_weights:
-        return "ops", "the scorer needs attention weights"
-    if n_parts > 1:
-        return "ops", "ring and pool lie apart, and only their scores meet"
-    return "fused", "everything lies in the ring: mx.fast.scaled_dot_product_attention"
+def backend(
+    queries: mx.array, view: View, mask: Mask = None, want_weights: bool = False, sight: Sight = EVERYTHING
+) -> tuple[str, str]:
+    """Which implementation serves these queries ``(B, H_q, L, D)``, and why: ``(name, reason)``.
+
+    ``fused``: MLX's own attention. ``kernel``: ``metal/attend_slots.metal``. ``block``: slots unpacked for MLX's own attention.
+    ``ops``: plain MLX operations.
+    """
+    own_mask = isinstance(mask, mx.array)
+    alone = len(view.parts) == 1 and view.ring.gate is None and sight is EVERYTHING
+    if alone and not own_mask and not want_weights:
+        return "fused", "everything lies in the ring: mx.fast.scaled_dot_product_attention"
+    if own_mask:
+        return "ops", "the model brings a mask of its own"
+    if queries.shape[2] <= MOST_NEW:
+        reason = attend_slots.cannot_run(queries, view.parts, want_weights)
+        return ("ops", reason) if reason else ("kernel", "metal/attend_slots.metal reads slots where they lie")
+    if want_weights or sight is not EVERYTHING or any(part.gate for part in view.parts):
+        return "ops", "a block whose weights are wanted, or with gates, windows or caps"
+    reason = attend_block.cannot_run(queries, view.parts)
+    return ("ops", reason) if reason else ("block", "slots are unpacked for mx.fast.scaled_dot_product_attention")
 
 
 def attend(
@@ -56,6 +72,7 @@ def attend(
     mask: Mask = None,
     sinks: mx.array | None = None,
     want_weights: bool = False,
+    sight: Sight = EVERYTHING,
 ) -> Attended:
     """Causal attention of ``L`` new queries over the parts of a view.
 
@@ -66,19 +83,31 @@ def attend(
         mask: None or ``"causal"``; or an array ``(..., L, L)``, bool or additive, among the new tokens. Held tokens are
             all older than the queries and visible.
         sinks: logits of attention sinks ``(H_q,)``, added to the softmax's denominator.
-        want_weights: return the weights as well.
+        want_weights: return the weights as well; a kernel gives each query head the mean of its KV head's.
+        sight: windows and caps of the logits.
     """
-    name, _ = backend(len(view.parts), want_weights)
-    if name == "fused" and (mask is None or isinstance(mask, str)):
-        causal = "causal" if queries.shape[2] > 1 else None
-        keys, values = view.ring.keys.parts[0], view.ring.values.parts[0]
-        out = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=causal, sinks=sinks)
-        return Attended(out)
-    return attend_ops(queries, view, scale, mask, sinks, want_weights)
+    name, _ = backend(queries, view, mask, want_weights, sight)
+    if name == "fused":
+        ring, causal = view.ring.ready(queries.dtype), "causal" if queries.shape[2] > 1 else None
+        keys, values = ring.keys.parts[0], ring.values.parts[0]
+        return Attended(
+            mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=causal, sinks=sinks)
+        )
+    if name == "kernel":
+        return Attended(*attend_slots.attend_slots(queries, view.parts, scale, sinks, want_weights, sight))
+    if name == "block":
+        return Attended(attend_block.attend_block(queries, view.parts, scale, sinks))
+    return attend_ops(queries, view, scale, mask, sinks, want_weights, sight)
 
 
 def attend_ops(
-    queries: mx.array, view: View, scale: float, mask: Mask, sinks: mx.array | None, want_weights: bool
+    queries: mx.array,
+    view: View,
+    scale: float,
+    mask: Mask = None,
+    sinks: mx.array | None = None,
+    want_weights: bool = False,
+    sight: Sight = EVERYTHING,
 ) -> Attended:
     """The reference in plain MLX ops: a score product per part, one softmax over all, a value product per part.
 
@@ -90,7 +119,7 @@ def attend_ops(
     rows = (batch, kv_heads, gqa_factor * n_new)
     grouped = (queries * (scale * LOG2_E)).reshape(*rows, width)
     parts = [part.for_rows(gqa_factor * n_new, queries.dtype) for part in view.parts]
-    logits = [part.logits(grouped) for part in parts]
+    logits = [part.logits(grouped, sight) for part in parts]
     if n_new > 1 or isinstance(mask, mx.array):
         newest = logits[-1].reshape(batch, kv_heads, gqa_factor, n_new, -1)
         logits[-1] = _masked(newest, mask).reshape(*rows, -1)

@@ -13,11 +13,11 @@ from mlx_kvprune.allocators import floor_pages, share_pages
 from mlx_kvprune.attend import Attended, Mask, View, among_new, attend, backend
 from mlx_kvprune.batch import BatchPrunedKVCache
 from mlx_kvprune.policy import policy_for
-from mlx_kvprune.rope import Rope, Shared, position_scale, rotate, unrotate
+from mlx_kvprune.rope import Rope, Shared, Turning, position_scale, unrotate
 from mlx_kvprune.scorers import Held, Scorer, Seen
 from mlx_kvprune.scorers.base import State
 from mlx_kvprune.settings import CacheSettings
-from mlx_kvprune.slots import Contest, LayerSlots, PagedPool, Part, Turn, best_of_spans, order_key, plain
+from mlx_kvprune.slots import Contest, LayerSlots, PagedPool, Part, best_of_spans, order_key, plain
 from mlx_kvprune.storage import pool_specs
 
 MOST_HEADS = 64  # a head may hold this many times the mean, unless ``attach`` knows the model
@@ -369,8 +369,11 @@ class PrunedKVCache:
 
     def backend(self) -> tuple[str, str]:
         """How the next decode step attends, and why."""
-        pools = 0 if self.empty() else sum(pool.count > 0 for pool in self.held.pools)
-        return backend(1 + pools, self._wants_weights)
+        if self.empty() or self.n_heads is None:
+            return "fused", "nothing is held yet"
+        ring = self.held.ring.keys
+        queries = mx.zeros((ring.shape[0], self.n_heads, 1, ring.shape[3]), ring.dtype)
+        return backend(queries, self._view(int(self.offset) - 1), None, self._wants_weights)
 
     @property
     def in_steps(self) -> bool:
@@ -488,9 +491,9 @@ class PrunedKVCache:
         turn = self._turning(newest) if self.settings.positions == "cache" else None
         return View(self.held.parts(turn, newest))
 
-    def _turning(self, newest: int) -> Turn:
-        """A function that rotates rows of keys to positions, none of them beyond ``newest``."""
-        return lambda keys, at: rotate(self.rope, keys, at, size=newest + 1)
+    def _turning(self, newest: int) -> Turning:
+        """What rotates rows of keys to positions, none of them beyond ``newest``."""
+        return Turning(self.rope, newest + 1)
 
     def _spill(self) -> None:
         """What the ring cannot hold moves on at once."""
@@ -541,7 +544,8 @@ class PrunedKVCache:
         if first:
             view = self._view(handle.start - 1)
             join = lambda rows, new: plain(mx.concatenate([rows.parts[0], new], axis=2))
-            ring = Part(join(view.ring.keys, handle.keys), join(view.ring.values, handle.values))
+            held = view.ring.ready(handle.dtype)
+            ring = Part(join(held.keys, handle.keys), join(held.values, handle.values))
             handle.blocks.append((slice(0, queries.shape[2]), replace(view, parts=(*view.parts[:-1], ring))))
         view = handle.blocks[0][1]
         seen = attend(queries, view, scale=scale, mask=mask, sinks=sinks, want_weights=first)

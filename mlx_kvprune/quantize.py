@@ -86,8 +86,8 @@ class Codec:
         return self.bits is not None and self.scheme == "channel"
 
     @property
-    def _group(self) -> int:
-        """Values that share a scale."""
+    def group(self) -> int:
+        """Values that share a scale: of a row, or of a page's channel."""
         if self._paged:
             return PAGE
         fitting = [g for g in GROUP_SIZES if g <= self.group_size and self.width % g == 0]
@@ -96,13 +96,13 @@ class Codec:
     @property
     def _padded(self) -> int:
         """D, or what it is padded to."""
-        return self.width if self._paged else -(-self.width // self._group) * self._group
+        return self.width if self._paged else -(-self.width // self.group) * self.group
 
     def row_nbytes(self, itemsize: int) -> int:
         """Bytes of a token: codes, scales and biases; or ``D * itemsize`` where nothing is quantized."""
         if self.bits is None:
             return self.width * itemsize
-        bits = self._padded * self.bits + 2 * 16 * self._padded // self._group
+        bits = self._padded * self.bits + 2 * 16 * self._padded // self.group
         return -(-bits // 8)
 
     def frame_nbytes(self, heads: int) -> int:
@@ -138,7 +138,7 @@ class Codec:
             groups = rows.reshape(*lead, n // PAGE, PAGE, width).swapaxes(-1, -2)
         else:
             rows = _pad(rows, self._padded)
-            groups = rows.reshape(*rows.shape[:-1], self._padded // self._group, self._group)
+            groups = rows.reshape(*rows.shape[:-1], self._padded // self.group, self.group)
         codes, scales, biases = quantize(groups, self.bits)
         return pack(codes.flatten(-2), self.bits), scales, biases
 
@@ -149,7 +149,7 @@ class Codec:
         packed, scales, biases = self._operands(parts, mx.float32)
         if packed.size == 0:
             return mx.zeros((*parts[0].shape[:-1], self.width), dtype)
-        rows = mx.dequantize(packed, scales, biases, self._group, self.bits)
+        rows = mx.dequantize(packed, scales, biases, self.group, self.bits)
         if self._paged:  # (..., pages, D, 32)
             rows = rows.swapaxes(-1, -2).reshape(*rows.shape[:-3], -1, self.width)
         return self._leave(rows, frame).astype(dtype)
@@ -218,7 +218,7 @@ class Codec:
         return packed, scales.astype(dtype), biases.astype(dtype)
 
     def _product(self, x: mx.array, packed: mx.array, scales: mx.array, biases: mx.array, transpose: bool) -> mx.array:
-        return mx.quantized_matmul(x, packed, scales, biases, transpose, self._group, self.bits)
+        return mx.quantized_matmul(x, packed, scales, biases, transpose, self.group, self.bits)
 
 
 def quantize(groups: mx.array, bits: int) -> Parts:

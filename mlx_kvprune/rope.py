@@ -92,8 +92,25 @@ def rotate(rope: Rope, x: mx.array, at: mx.array | np.ndarray, size: int | None 
         size = high + 1 if low >= 0 else LONGEST + 1
     if size > LONGEST:
         return rotate_rows(rope, x, at)
-    length = max(SHORTEST, 1 << (size - 1).bit_length())
-    return _tables(_Ask.of(rope, x.shape[-1], length)).turn(x, _as_int32(at))
+    return _tables_for(rope, x.shape[-1], size).turn(x, _as_int32(at))
+
+
+@dataclass(frozen=True)
+class Turning:
+    """Rotates rows to positions of their own, all smaller than ``size``."""
+
+    rope: Rope
+    size: int
+
+    def __call__(self, x: mx.array, at: mx.array) -> mx.array:
+        """``rotate(rope, x, at)``."""
+        return rotate(self.rope, x, at, self.size)
+
+    def tables(self, width: int) -> Tables | None:
+        """What ``rotate`` multiplies rows of this width with; None where it asks the module row by row."""
+        if self.rope is None:
+            return Tables(0, False, mx.zeros(0), mx.zeros(0))
+        return _tables_for(self.rope, width, self.size) if self.size <= LONGEST else None
 
 
 def rotate_rows(rope: Rope, x: mx.array, at: mx.array | np.ndarray) -> mx.array:
@@ -126,7 +143,7 @@ def check_rankable(rope: Rope) -> None:
 
 
 @dataclass(frozen=True)
-class _Tables:
+class Tables:
     """Cosines and signed sines ``(size, dims)``, float32, of the first ``dims`` channels; the others are not rotated.
 
     Channel ``c`` is turned with ``c + dims / 2`` or, if ``neighbours``, pairwise; without ``dims`` nothing is rotated.
@@ -169,14 +186,18 @@ class _Ask:
         return _Ask((type(rope), repr(others), *arrays.items()), width, size, weakref.ref(rope))
 
 
+def _tables_for(rope: Any, width: int, size: int) -> Tables:
+    return _tables(_Ask.of(rope, width, max(SHORTEST, 1 << (size - 1).bit_length())))
+
+
 @lru_cache(maxsize=TABLES)
-def _tables(ask: _Ask) -> _Tables:
+def _tables(ask: _Ask) -> Tables:
     """Fill tables by asking the module to rotate rows whose first channel of each pair is one, the second zero."""
     rope, width, size = ask.module(), ask.width, ask.size
     assert rope is not None, "its caller has it"
     dims, neighbours = _layout(rope, width)
     if not dims:
-        return _Tables(0, False, mx.zeros(0), mx.zeros(0))
+        return Tables(0, False, mx.zeros(0), mx.zeros(0))
     first = mx.arange(width) % 2 == 0 if neighbours else mx.arange(width) < dims // 2
     rows = mx.broadcast_to(first.astype(mx.float32), (1, 1, size, width))
     turned = rope(rows, offset=0)[0, 0, :, :dims]
@@ -188,7 +209,7 @@ def _tables(ask: _Ask) -> _Tables:
         cos, sin = (mx.concatenate(pair, axis=1) for pair in ([cos, cos], [-sin, sin]))
     cos, sin = mx.contiguous(cos), mx.contiguous(sin)
     mx.eval(cos, sin)  # so that any thread may use them
-    return _Tables(dims, neighbours, cos, sin)
+    return Tables(dims, neighbours, cos, sin)
 
 
 def _layout(rope: Any, width: int) -> tuple[int, bool]:

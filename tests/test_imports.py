@@ -17,6 +17,7 @@ ORDER = [
     "storage",
     "allocators",
     "policy",
+    "kernels",
     "attend",
     "batch",
     "cache",

@@ -11,13 +11,13 @@ import numpy as np
 
 from mlx_kvprune.numerics import device
 from mlx_kvprune.quantize import PAGE, Codec
+from mlx_kvprune.rope import Turning
 from mlx_kvprune.slots.format import Format, plain
 from mlx_kvprune.slots.pages import Candidates, PagedPool, PageWrites
-from mlx_kvprune.slots.parts import PagedPart, Part
+from mlx_kvprune.slots.parts import PagedPart, Part, Ranks
 from mlx_kvprune.slots.pool import Pool, Writes
 from mlx_kvprune.slots.ring import Ring, Tokens
 
-Turn = Callable[[mx.array, mx.array], mx.array]
 AnyPool = Pool | PagedPool
 AnyPart = Part | PagedPart
 
@@ -293,19 +293,19 @@ class LayerSlots:
 
     # -- reading -----------------------------------------------------------------------------------------------------
 
-    def parts(self, turn: Turn | None = None, newest: int = 0) -> tuple[AnyPart, ...]:
+    def parts(self, turn: Turning | None = None, newest: int = 0) -> tuple[AnyPart, ...]:
         """What attention works on: the pools that hold something, and the ring last.
 
         Args:
-            turn: ``turn(x, at)`` rotates rows to positions, where keys are kept un-rotated.
+            turn: rotates rows to positions, where keys are kept un-rotated.
             newest: the newest token's position in the model's eyes, then.
         """
         ring = self.ring
         if turn is None:
             pools = [pool.part() for pool in self.pools if pool.count]
             return (*pools, Part(plain(ring.keys), plain(ring.values)))
-        keys = turn(ring.keys, self.ring_at(newest))
-        return (*self._turned(turn, self._first(newest)), Part(plain(keys), plain(ring.values)))
+        ranks = Ranks(turn, self.ring_at(newest))
+        return (*self._turned(turn, self._first(newest)), Part(plain(ring.keys), plain(ring.values), ranks=ranks))
 
     def ring_at(self, newest: int) -> mx.array:
         """Positions in the cache of the ring's tokens ``(B, H_kv, count)``: sinks before the pools, the others after."""
@@ -329,15 +329,10 @@ class LayerSlots:
         """Position in the cache of the first token after the pools'."""
         return newest + 1 - (self.ring.count - self.pinned())
 
-    def _turned(self, turn: Turn, first: int) -> list[AnyPart]:
-        """The pools' parts, keys turned to where they stand before the ring, whose oldest stands at ``first``."""
-        out: list[AnyPart] = []
-        for pool, ranks in zip(self.pools, self.ranks, strict=False):
-            if pool.count:
-                part = pool.part()
-                keys = plain(turn(part.keys.decoded(pool.format.dtype), first - self._pool_width() + ranks))
-                out.append(replace(part, keys=keys))
-        return out
+    def _turned(self, turn: Turning, first: int) -> list[AnyPart]:
+        """The pools' parts, keys to be turned to where they stand before the ring, whose oldest stands at ``first``."""
+        shift, pools = first - self._pool_width(), zip(self.pools, self.ranks, strict=False)
+        return [replace(pool.part(), ranks=Ranks(turn, ranks, shift)) for pool, ranks in pools if pool.count]
 
     def _pool_width(self) -> int:
         """Slots per head of the pools as scorers see them, padding included."""

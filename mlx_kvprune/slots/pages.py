@@ -345,7 +345,8 @@ class PagedPool:
             back[pages] = head * table.shape[1] + np.arange(len(pages))
         hot = self.owner[None] == np.arange(self.heads)[:, None]
         owner, hot = self.owner.astype(np.uint32), hot.astype(np.float32)
-        self.layout = Layout(device(owner), device(table), device(back), device(hot), self.batch)
+        counts = tuple(len(x) for x in lists)
+        self.layout = Layout(device(owner), device(table), device(back), device(hot), self.batch, counts)
         held = self.positions >= 0
         self._counts = np.bincount(self.owner, held.sum(axis=1), self.heads).astype(int)
         self.mask = None if held.all() else device(held[:, None])

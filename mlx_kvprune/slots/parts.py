@@ -7,15 +7,85 @@ values are never moved.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
+from mlx_kvprune.numerics import LOG2_E
+from mlx_kvprune.rope import Turning
 from mlx_kvprune.settings import PAGE
 from mlx_kvprune.slots.format import Rows, plain
 
 FEW_QUERIES = 64  # rows up to which the products of a page's rows are smaller than the page
 MOST_PADDING = 2  # beyond it, heads differ so much that gathering the pages by head would be mostly padding
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Keys are kept un-rotated: where each stands in the cache, and what rotates it there.
+
+    Attributes:
+        turn: rotates rows to positions.
+        ranks: int32, of each slot, as the part lays slots out.
+        shift: what is added to them.
+    """
+
+    turn: Turning
+    ranks: mx.array
+    shift: int = 0
+
+    def turned(self, keys: mx.array) -> mx.array:
+        """Keys ``(..., S, D)``, each at its place."""
+        return self.turn(keys, self.ranks + self.shift)
+
+
+@dataclass(frozen=True)
+class Gate:
+    """What learned gates add to the logits of a slot: ``bias + (t - i) * decay``, for a query at t and a slot's token i.
+
+    Attributes:
+        bias: ``log u``, float32, of each slot, as the part lays slots out; or None.
+        decay: ``log beta``, likewise.
+        positions: i, int32, likewise; only ``decay`` and sliding windows need it.
+    """
+
+    bias: mx.array | None = None
+    decay: mx.array | None = None
+    positions: mx.array | None = None
+
+
+@dataclass(frozen=True)
+class Sight:
+    """How queries see slots beyond the plain product: all of it acts on logits that are not yet to the base of two.
+
+    Attributes:
+        at: positions of the queries, int32 ``(R,)``; only ``Gate.decay`` and ``window`` need it.
+        window: of a sliding window: a query sees the newest so many tokens, itself included; None for all.
+        softcap: logits become ``softcap * tanh(logits / softcap)`` before gates are added; None for no cap.
+    """
+
+    at: mx.array | None = None
+    window: int | None = None
+    softcap: float | None = None
+
+    def apply(self, logits: mx.array, gate: Gate | None) -> mx.array:
+        """Logits to the base of two ``(..., R, S)`` with all of this; per-slot arrays of ``gate`` are ``(..., S)``."""
+        if self.softcap is not None:
+            cap = self.softcap * LOG2_E
+            logits = cap * mx.tanh(logits / cap)
+        if gate is None:
+            return logits
+        if gate.bias is not None:
+            logits = logits + gate.bias[..., None, :] * LOG2_E
+        if gate.positions is None or self.at is None:
+            return logits
+        age = self.at[:, None] - gate.positions[..., None, :]
+        if gate.decay is not None:
+            logits = logits + age * gate.decay[..., None, :] * LOG2_E
+        return logits if self.window is None else mx.where(age < self.window, logits, -mx.inf)
+
+
+EVERYTHING = Sight()
 
 
 @dataclass(frozen=True)
@@ -26,15 +96,26 @@ class Part:
         keys: rows with leading axes ``(B, H_kv)``.
         values: likewise.
         mask: ``(B, H_kv, 1, S)`` bool, False where a slot is empty; None if none is.
+        ranks: of keys that are not rotated yet; arrays ``(B, H_kv, S)``.
+        gate: of learned gates, arrays ``(B, H_kv, S)``.
     """
 
     keys: Rows
     values: Rows
     mask: mx.array | None = None
+    ranks: Ranks | None = None
+    gate: Gate | None = None
 
-    def logits(self, queries: mx.array) -> mx.array:
+    def ready(self, dtype: mx.Dtype) -> Part:
+        """The same with keys where they stand."""
+        if self.ranks is None:
+            return self
+        return replace(self, keys=plain(self.ranks.turned(self.keys.decoded(dtype))), ranks=None)
+
+    def logits(self, queries: mx.array, sight: Sight = EVERYTHING) -> mx.array:
         """``(B, H_kv, R, D)`` -> ``(B, H_kv, R, S)`` float32."""
-        logits = self.keys.scores(queries).astype(mx.float32)
+        logits = self.ready(queries.dtype).keys.scores(queries).astype(mx.float32)
+        logits = sight.apply(logits, self.gate)
         return logits if self.mask is None else mx.where(self.mask, logits, -mx.inf)
 
     def peak(self, logits: mx.array) -> mx.array:
@@ -72,6 +153,7 @@ class Layout:
         back: ``(P,)`` int32, where a page stands in the flattened table.
         hot: ``(B * H_kv, P)`` float32, one where the head owns the page.
         batch: ``B``.
+        counts: pages of each head, on the host.
     """
 
     owner: mx.array
@@ -79,6 +161,7 @@ class Layout:
     back: mx.array
     hot: mx.array
     batch: int
+    counts: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
@@ -103,16 +186,26 @@ class PagedPart:
         values: likewise.
         layout: who owns what.
         mask: ``(P, 1, PAGE)`` bool, False where a slot is empty; None if none is.
+        ranks: of keys that are not rotated yet; arrays ``(P, PAGE)``.
+        gate: of learned gates, arrays ``(P, PAGE)``.
     """
 
     keys: Rows
     values: Rows
     layout: Layout
     mask: mx.array | None = None
+    ranks: Ranks | None = None
+    gate: Gate | None = None
 
-    def logits(self, queries: mx.array) -> mx.array:
+    def ready(self, dtype: mx.Dtype) -> PagedPart:
+        if self.ranks is None:
+            return self
+        return replace(self, keys=plain(self.ranks.turned(self.keys.decoded(dtype))), ranks=None)
+
+    def logits(self, queries: mx.array, sight: Sight = EVERYTHING) -> mx.array:
         flat = queries.reshape(-1, *queries.shape[2:])
-        logits = self._scores(flat).astype(mx.float32)
+        logits = self.ready(queries.dtype)._scores(flat).astype(mx.float32)
+        logits = sight.apply(logits, self.gate)
         return logits if self.mask is None else mx.where(self.mask, logits, -mx.inf)
 
     def peak(self, logits: mx.array) -> mx.array:
@@ -145,8 +238,10 @@ class PagedPart:
             return self
         gather = lambda x, fill: self.layout.heads(self.layout.gather(x, fill).reshape(-1, width * PAGE, *x.shape[2:]))
         used = mx.ones((pages, PAGE), mx.bool_) if self.mask is None else self.mask[:, 0]
-        keys, values = (plain(gather(x.decoded(dtype), 0.0)) for x in (self.keys, self.values))
-        return Part(keys, values, gather(used, False)[:, :, None])
+        keys, values = (plain(gather(x.decoded(dtype), 0.0)) for x in (self.ready(dtype).keys, self.values))
+        by_head = lambda x: None if x is None else gather(x, 0)
+        gate = self.gate and Gate(*(by_head(x) for x in (self.gate.bias, self.gate.decay, self.gate.positions)))
+        return Part(keys, values, gather(used, False)[:, :, None], gate=gate)
 
     def _scores(self, queries: mx.array) -> mx.array:
         """``(B * H_kv, R, D)`` -> ``(P, R, PAGE)``."""
