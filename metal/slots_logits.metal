@@ -48,7 +48,7 @@
           if (KEY_HADAMARD > 0) hadamard<KEY_HADAMARD>(k, lane);
           if (FRAMED) {
             for (int j = 0; j < 8; j++) {
-              int channel = head * D + (octet * 8 < D ? octet * 8 + j : 0);
+              int channel = frame + (octet * 8 < D ? octet * 8 + j : 0);
               k[j] = k[j] * frame_scale[channel] + frame_offset[channel];
             }
           }
@@ -59,7 +59,6 @@
         for (int r = 0; r < ROWS; r++) {
           float product = 0.0f;
           for (int j = 0; j < 8; j++) product += q[r][j] * k[j];
-          if (octet * 8 >= D) product = 0.0f;
           for (int step = 1; step < LPS; step *= 2) product += simd_shuffle_xor(product, ushort(step));
           if (octet == i) x[r] = product;
         }
@@ -75,7 +74,7 @@
     for (int r = 0; r < ROWS; r++) {
       int token = (row0 + r) % NEW;  // of the new ones; the last of them is the newest
       int age = newest - (NEW - 1 - token) - position;
-      float logit = x[r] + lift[r];
+      float logit = x[r] + shared_lift[r];
       if (SOFTCAP) logit = softcap * tanh(logit / softcap);
       logit = (logit + gate + float(age) * decay) * LOG2E;
       bool visible = seen && row0 + r < R;

@@ -27,7 +27,7 @@ MOST_ROWS = 16  # query rows that a threadgroup takes at once
 MOST_WIDTH = 256  # of a head
 MOST_PARTS = 3
 SIMDS = 8  # SIMD groups of a threadgroup
-LEAST_TILES, MOST_TILES, ITEMS = 8, 64, 512  # tiles of 32 slots per threadgroup, and how many of those are enough
+LEAST_TILES, MOST_TILES, ITEMS = 32, 64, 512  # tiles of 32 slots per threadgroup, and how many of those are enough
 SCHEMES = {"token": 0, "channel": 1, "page": 2}
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 

@@ -110,7 +110,7 @@ def _builder() -> Builder:
         return cast(Builder, mx.fast.metal_kernel)
     from mlx_kvprune.kernels.cuda_adapter import cuda_kernel
 
-    return cuda_kernel
+    return cast(Builder, cuda_kernel)
 
 
 @cache
