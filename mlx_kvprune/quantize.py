@@ -94,7 +94,7 @@ class Codec:
         return max(fitting, default=32)
 
     @property
-    def _padded(self) -> int:
+    def padded(self) -> int:
         """D, or what it is padded to."""
         return self.width if self._paged else -(-self.width // self.group) * self.group
 
@@ -102,7 +102,7 @@ class Codec:
         """Bytes of a token: codes, scales and biases; or ``D * itemsize`` where nothing is quantized."""
         if self.bits is None:
             return self.width * itemsize
-        bits = self._padded * self.bits + 2 * 16 * self._padded // self.group
+        bits = self.padded * self.bits + 2 * 16 * self.padded // self.group
         return -(-bits // 8)
 
     def frame_nbytes(self, heads: int) -> int:
@@ -137,8 +137,8 @@ class Codec:
             *lead, n, width = rows.shape
             groups = rows.reshape(*lead, n // PAGE, PAGE, width).swapaxes(-1, -2)
         else:
-            rows = _pad(rows, self._padded)
-            groups = rows.reshape(*rows.shape[:-1], self._padded // self.group, self.group)
+            rows = _pad(rows, self.padded)
+            groups = rows.reshape(*rows.shape[:-1], self.padded // self.group, self.group)
         codes, scales, biases = quantize(groups, self.bits)
         return pack(codes.flatten(-2), self.bits), scales, biases
 
@@ -167,7 +167,7 @@ class Codec:
             products = self._product(mx.expand_dims(turned, -3), packed, scales, biases, transpose=False)
             products = products.swapaxes(-3, -2).reshape(*queries.shape[:-1], n)
         else:
-            products = self._product(_pad(turned, self._padded), packed, scales, biases, transpose=True)
+            products = self._product(_pad(turned, self.padded), packed, scales, biases, transpose=True)
         if frame is None:
             return products
         return products + (queries * frame.offset).sum(axis=-1, keepdims=True).astype(dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from mlx_kvprune.kernels import TOOLS
 from mlx_kvprune.quantize import Codec
 from mlx_kvprune.settings import PAGE, CacheSettings
 from mlx_kvprune.slots import PoolSpec
@@ -41,11 +42,11 @@ def pool_specs(settings: CacheSettings, slots: int | None) -> tuple[PoolSpec, ..
     limit = UNBOUNDED if slots is None else slots - settings.ring_size - settings.n_sink
     fine = settings.kv_fine_tokens
     keys, values = key_codec(settings, settings.key_bits), value_codec(settings, settings.value_bits)
-    coarse = PoolSpec(limit - fine, keys, values, settings.ragged)
+    coarse = PoolSpec(limit - fine, keys, values, settings.ragged, TOOLS)
     if not fine:
         return (coarse,)
     bits = settings.kv_fine_bits
-    return (PoolSpec(fine, key_codec(settings, bits), value_codec(settings, bits)), coarse)
+    return (PoolSpec(fine, key_codec(settings, bits), value_codec(settings, bits), tools=TOOLS), coarse)
 
 
 def key_codec(settings: CacheSettings, bits: int | None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from mlx_kvprune.slots.pages import Candidates, PagedPool
 from mlx_kvprune.slots.parts import EVERYTHING, Gate, PagedPart, Part, Ranks, Sight
 from mlx_kvprune.slots.pool import Pool, Writes
 from mlx_kvprune.slots.ring import Ring, Tokens
+from mlx_kvprune.slots.tools import Tools
 
 __all__ = [
     "EVERYTHING",
@@ -26,6 +27,7 @@ __all__ = [
     "Rows",
     "Sight",
     "Tokens",
+    "Tools",
     "Writes",
     "best_of_spans",
     "exchange",

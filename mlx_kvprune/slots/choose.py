@@ -25,8 +25,8 @@ def order_key(scores: mx.array, positions: mx.array) -> mx.array:
     return (ordered.astype(mx.int64) << 32) + positions.astype(mx.int64)
 
 
-def grouped_keys(scores: mx.array, positions: mx.array, granule: int) -> mx.array:
-    """Order keys of what is written together: ``granule`` neighbours share their mean score and newest position.
+def grouped(scores: mx.array, positions: mx.array, granule: int) -> tuple[mx.array, mx.array]:
+    """Score and position of what is written together: ``granule`` neighbours share their mean and the newest.
 
     Args:
         scores: ``(B, H_kv, n)``; minus infinity where a slot is empty.
@@ -34,15 +34,15 @@ def grouped_keys(scores: mx.array, positions: mx.array, granule: int) -> mx.arra
         granule: slots that are written together.
 
     Returns:
-        ``(B, H_kv, n / granule)`` int64.
+        Both ``(B, H_kv, n / granule)``.
     """
     if granule == 1:
-        return order_key(scores, positions)
+        return scores, positions
     shape = (*scores.shape[:2], scores.shape[2] // granule, granule)
     scores, positions = scores.reshape(shape), positions.reshape(shape)
     held = positions >= 0
     mean = mx.where(held, scores, 0.0).sum(axis=-1) / mx.maximum(held.sum(axis=-1), 1)
-    return order_key(mx.where(held.any(axis=-1), mean, -mx.inf), positions.max(axis=-1))
+    return mx.where(held.any(axis=-1), mean, -mx.inf), positions.max(axis=-1)
 
 
 @dataclass(frozen=True)
@@ -80,6 +80,13 @@ def exchange(pool_keys: mx.array, leaving_keys: mx.array) -> Exchange:
     descending = order[..., :m]
     replace = mx.take_along_axis(leaving_keys, descending, -1) > mx.take_along_axis(worst_keys, ascending, -1)
     return Exchange(mx.take_along_axis(worst, ascending, -1), descending, replace, order[..., m:])
+
+
+def exchange_by_scores(
+    pool_scores: mx.array, pool_positions: mx.array, scores: mx.array, positions: mx.array
+) -> Exchange:
+    """``exchange`` of slots and tokens with these retention scores and positions, ``(B, H_kv, P)`` and ``(B, H_kv, n)``."""
+    return exchange(order_key(pool_scores, pool_positions), order_key(scores, positions))
 
 
 def best_of_spans(keys: mx.array, positions: mx.array, starts: tuple[int, ...], n: int) -> mx.array:

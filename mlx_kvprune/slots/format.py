@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_kvprune.quantize import Codec, Frame
+from mlx_kvprune.slots.tools import PLAIN, Tools
 
 RowDict = dict[str, mx.array]
 
@@ -69,12 +70,14 @@ class Format:
         values: codec of the values.
         dtype: of decoded rows.
         frame: of the keys, once calibrated.
+        tools: what packs rows and chooses slots.
     """
 
     keys: Codec
     values: Codec
     dtype: mx.Dtype
     frame: Frame | None = None
+    tools: Tools = PLAIN
 
     def __deepcopy__(self, memo: Any) -> Format:
         return self  # nothing of it is ever written, and MLX's types cannot be copied
@@ -100,8 +103,8 @@ class Format:
 
     def encode(self, keys: mx.array, values: mx.array) -> RowDict:
         """Rows of ``n`` tokens, by name, each ``(..., n / granule, row)``."""
-        parts = [("keys", self.keys.granule, self.keys.encode(keys, self.frame))]
-        parts.append(("values", self.values.granule, self.values.encode(values)))
+        parts = [("keys", self.keys.granule, self.tools.pack(self.keys, keys, self.frame))]
+        parts.append(("values", self.values.granule, self.tools.pack(self.values, values, None)))
         return {f"{name}.{i}": self._wide(x, own) for name, own, xs in parts for i, x in enumerate(xs)}
 
     def no_rows(self, keys: mx.array, values: mx.array) -> RowDict:

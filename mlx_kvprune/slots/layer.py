@@ -17,6 +17,7 @@ from mlx_kvprune.slots.pages import Candidates, PagedPool, PageWrites
 from mlx_kvprune.slots.parts import PagedPart, Part, Ranks
 from mlx_kvprune.slots.pool import Pool, Writes
 from mlx_kvprune.slots.ring import Ring, Tokens
+from mlx_kvprune.slots.tools import PLAIN, Tools
 
 AnyPool = Pool | PagedPool
 AnyPart = Part | PagedPart
@@ -31,12 +32,14 @@ class PoolSpec:
         keys: arguments of the keys' ``Codec`` beside its width.
         values: of the values'.
         ragged: whether heads may hold differently many.
+        tools: what packs rows and chooses slots.
     """
 
     limit: int
     keys: dict[str, Any] = field(default_factory=dict)
     values: dict[str, Any] = field(default_factory=dict)
     ragged: bool = False
+    tools: Tools = PLAIN
 
     @property
     def exact(self) -> bool:
@@ -46,7 +49,7 @@ class PoolSpec:
     def make(self, like: Tokens) -> AnyPool:
         """An empty pool for tokens like these."""
         keys, values = Codec(like.keys.shape[-1], **self.keys), Codec(like.values.shape[-1], **self.values)
-        form = Format(keys, values, like.keys.dtype)
+        form = Format(keys, values, like.keys.dtype, tools=self.tools)
         if self.ragged:
             heads = like.keys.shape[0] * like.keys.shape[1]
             return PagedPool(max(heads, heads * self.limit // PAGE), like, form)

@@ -11,7 +11,7 @@ import numpy as np
 from mlx_kvprune.numerics import device
 from mlx_kvprune.quantize import PAGE
 from mlx_kvprune.slots import moves
-from mlx_kvprune.slots.choose import grouped_keys
+from mlx_kvprune.slots.choose import grouped, order_key
 from mlx_kvprune.slots.format import Format, RowDict, Rows
 from mlx_kvprune.slots.moves import NOBODY, Moves
 from mlx_kvprune.slots.parts import Layout, PagedPart
@@ -184,8 +184,8 @@ class PagedPool:
         """
         granule, positions = self.format.granule, self.heads_positions()
         slot_scores = mx.where(positions < 0, -mx.inf, slot_scores)
-        slots = grouped_keys(slot_scores, positions, granule).reshape(-1, self.units)[self.layout.back]
-        new = grouped_keys(scores, tokens.positions, granule).reshape(self.heads, -1)
+        slots = order_key(*grouped(slot_scores, positions, granule)).reshape(-1, self.units)[self.layout.back]
+        new = order_key(*grouped(scores, tokens.positions, granule)).reshape(self.heads, -1)
         return Candidates(np.array(slots), self._live(), np.array(new), self.owner)
 
     def choose(self, tokens: Tokens, candidates: Candidates, targets: np.ndarray) -> PageWrites:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from mlx_kvprune.quantize import Frame
-from mlx_kvprune.slots.choose import Exchange, exchange, grouped_keys
+from mlx_kvprune.slots.choose import Exchange, grouped
 from mlx_kvprune.slots.format import Format, RowDict
 from mlx_kvprune.slots.parts import Part
 from mlx_kvprune.slots.ring import Tokens
@@ -149,8 +149,8 @@ class Pool:
             slot_scores = mx.concatenate([slot_scores, mx.full((*slot_scores.shape[:2], extra), -mx.inf)], axis=2)
         slot_scores = mx.where(self.positions < 0, -mx.inf, slot_scores)
         granule = self.format.granule
-        pairs = exchange(
-            grouped_keys(slot_scores, self.positions, granule), grouped_keys(scores, tokens.positions, granule)
+        pairs = self.format.tools.exchange(
+            *grouped(slot_scores, self.positions, granule), *grouped(scores, tokens.positions, granule)
         )
         new = self._named(self.format.encode(tokens.keys, tokens.values), tokens.positions, tokens.memory)
         held = self._named(self.rows, self.positions, self.memory)
