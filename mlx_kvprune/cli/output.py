@@ -153,10 +153,14 @@ def megabytes(nbytes: int) -> str:
 
 def table(rows: list[tuple[str, ...]]) -> None:
     """Rows in aligned columns on standard output."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        sys.stdout.write("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() + "\n")
+    sys.stdout.write("".join(line + "\n" for line in aligned(rows)))
     sys.stdout.flush()
+
+
+def aligned(rows: list[tuple[str, ...]]) -> list[str]:
+    """A line per row, the cells of a column below each other."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
 
 
 def _rounded(value: float | None) -> float | None:
