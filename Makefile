@@ -1,5 +1,6 @@
 # make demo   sets everything up and asks a small model a question about a long document, inside a small cache
 # make test   sets everything up and runs the tests
+# make test-gpu   kernels on a GPU: against float64, end to end, and their share of its bandwidth (has not run yet)
 # make check  formatting, lint and types      make bench   speed against stock mlx-lm (quiet machine, 20 minutes)
 #
 # Needs Python 3.11 or newer (as mlx-lm does), git, make and a C++ compiler. Everything goes into .venv and the user's cache folder.
@@ -11,7 +12,7 @@ EXTRAS := $(if $(filter Linux,$(shell uname -s)),cpu$(COMMA))
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 	command -v $$p >/dev/null 2>&1 && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 
-.PHONY: demo test check bench setup dev clean
+.PHONY: demo test test-gpu check bench setup dev clean
 .DELETE_ON_ERROR:
 
 demo: setup
@@ -20,6 +21,12 @@ demo: setup
 
 test: dev
 	@$(BIN)/python -m pytest
+
+test-gpu: dev
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(if $(filter Linux,$(shell uname -s)),cuda13$(COMMA))dev]'
+	@$(BIN)/python -m pytest -m gpu -n 0 -rs
+	@$(BIN)/mlx-kvprune doctor
+	@$(BIN)/python -m mlx_kvprune.bench --kernels
 
 check: dev
 	$(BIN)/ruff format --check .

@@ -56,11 +56,11 @@ def backend(
     if own_mask:
         return "ops", "the model brings a mask of its own"
     if queries.shape[2] <= MOST_NEW:
-        reason = attend_slots.cannot_run(queries, view.parts, want_weights)
+        reason = attend_slots.can_run(queries, view.parts, want_weights)
         return ("ops", reason) if reason else ("kernel", "metal/attend_slots.metal reads slots where they lie")
     if want_weights or sight is not EVERYTHING or any(part.gate for part in view.parts):
         return "ops", "a block whose weights are wanted, or with gates, windows or caps"
-    reason = attend_block.cannot_run(queries, view.parts)
+    reason = attend_block.can_run(queries, view.parts)
     return ("ops", reason) if reason else ("block", "slots are unpacked for mx.fast.scaled_dot_product_attention")
 
 

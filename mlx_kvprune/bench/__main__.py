@@ -44,6 +44,15 @@ class Candidate:
 
 def main() -> None:
     args = _arguments()
+    if args.kernels:
+        from mlx_kvprune.bench.kernels import kernel_table
+
+        try:
+            print(json.dumps(kernel_table(args.kernels, _say)))
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            sys.exit(2)
+        return
     from mlx_kvprune.models import load
 
     model, tokenizer = load(args.model, dtype="float32")
@@ -185,6 +194,13 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--decode-tokens", type=int, default=16)
     parser.add_argument("--decode-rounds", type=int, default=7)
     parser.add_argument("--memory-tokens", type=int, default=2000)
+    parser.add_argument(
+        "--kernels",
+        nargs="?",
+        type=lambda t: [int(x) for x in names(t)],
+        const=[4096, 32768, 131072],
+        help="instead, on a GPU: attention of one step at these lengths, and its share of a copy's bandwidth",
+    )
     return parser.parse_args()
 
 

@@ -19,8 +19,8 @@ from mlx_kvprune.slots import PagedPart, Part
 FUSED_WIDTHS = (64, 80, 128)  # head dims of MLX's fused attention for many queries
 
 
-def cannot_run(queries: mx.array, parts: Sequence[Part | PagedPart]) -> str:
-    """Why a block is not unpacked, on this machine; empty if it is. Arguments as of ``attend_block``."""
+def can_run(queries: mx.array, parts: Sequence[Part | PagedPart]) -> str:
+    """Whether a block is unpacked on this machine: empty if it is, else the reason. Arguments as of ``attend_block``."""
     return ("" if launch.engine() else checks.NO_GPU) or why_not(queries, parts)
 
 

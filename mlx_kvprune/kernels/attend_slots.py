@@ -55,8 +55,8 @@ MERGE = Kernel(
 )
 
 
-def cannot_run(queries: mx.array, parts: Sequence[Part | PagedPart], weights: bool = False) -> str:
-    """Why the kernel does not serve this, on this machine; empty if it does. Arguments as of ``why_not``."""
+def can_run(queries: mx.array, parts: Sequence[Part | PagedPart], weights: bool = False) -> str:
+    """Whether the kernel serves this on this machine: empty if it does, else the reason. Arguments as of ``why_not``."""
     return checks.verdict("attend_slots") or why_not(queries, parts, weights)
 
 
@@ -108,6 +108,7 @@ def attend_slots(
     weights: bool = False,
     sight: Sight = EVERYTHING,
     newest: int = 0,
+    force: bool = False,
 ) -> tuple[mx.array, tuple[mx.array, ...] | None]:
     """Causal attention of ``L`` new queries over parts, of which the last ends with the new tokens.
 
@@ -120,10 +121,16 @@ def attend_slots(
             query heads of its KV head.
         sight: window and cap of the logits.
         newest: position of the newest query, for windows and decays.
+        force: look whether the kernel can run here, and raise if it cannot; who asked ``can_run`` knows.
 
     Returns:
         Output ``(B, H_q, L, D_v)``, and weights or None.
+
+    Raises:
+        ValueError: with ``force``, where the kernel cannot run.
     """
+    if force and (reason := can_run(queries, parts, weights)):
+        raise ValueError(f"[kernels] attend_slots cannot run: {reason}; try attend, which takes what can")
     assert not why_not(queries, parts, weights)
     batch, n_heads, n_new, width = queries.shape
     shape = _Shape(queries.dtype, batch, _kv_heads(parts), n_heads * n_new // _kv_heads(parts), n_new)

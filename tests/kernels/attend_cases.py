@@ -19,7 +19,7 @@ from mlx_kvprune.slots import EVERYTHING, Gate, PagedPart, Part, Ranks, Rows, Si
 from mlx_kvprune.slots.parts import Layout
 
 PAGE = 32
-POISON = 1e30
+POISON = 3e4  # finite in every type
 
 
 class Recorder:
@@ -152,8 +152,13 @@ class Case:
             rows = self._stored(codec, self._rows(random, capacity, width))
             stored.append(replace(rows, parts=tuple(_poisoned(x, n // codec.granule) for x in rows.parts)))
         part = Part(*stored)
-        if self.holes:
+        if self.holes:  # what was freed there is poisoned, too, where rows are stored as they are
             there = random.random((self.batch, self.heads, 1, n)) > self.holes
+            lost = device(~there[:, :, 0, :, None])
+            if part.keys.codec.bits is None:
+                part = replace(part, keys=plain(mx.where(lost, POISON, part.keys.parts[0])))
+            if part.values.codec.bits is None:
+                part = replace(part, values=plain(mx.where(lost, POISON, part.values.parts[0])))
             part = replace(part, mask=device(there))
         if self.turned:
             ranks = random.permuted(np.broadcast_to(np.arange(n), (self.batch, self.heads, n)), axis=-1)

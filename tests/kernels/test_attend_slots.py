@@ -155,3 +155,5 @@ def test_reasons():
     assert "not a multiple of 8" in module.why_not(mx.zeros((1, 6, 1, 20)), Case(width=20).parts())
     paged = Case(turned=True, bits=(4, 4), scheme="page", slots=64)
     assert "scheme 'page'" in module.why_not(paged.queries(), paged.parts())
+    with pytest.raises(ValueError, match=r"\[kernels\] attend_slots cannot run: no GPU"):
+        module.attend_slots(queries, parts, 1.0, force=True)

@@ -1,0 +1,41 @@
+"""Blocks of prefill: slots unpacked for MLX's fused attention, against float64."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from attend_cases import Case, exact
+
+from mlx_kvprune.attend import View, backend
+from mlx_kvprune.kernels import launch
+from mlx_kvprune.kernels.attend_block import attend_block, why_not
+
+CASES = [
+    Case(n_new=130, ring=140),
+    Case(n_new=40, ring=70, bits=(4, 4), scheme="channel", sinks=True),
+    Case(n_new=40, ring=70, slots=(40, 70), bits=(4, 3)),
+    Case(n_new=40, ring=70, slots=64, bits=(2, None), scheme="page", gqa=1),
+    Case(n_new=40, ring=70, holes=0.5, batch=2),
+    Case(n_new=40, ring=70, turned=True, bits=(8, 8)),
+    Case(n_new=40, ring=40, slots=0, width=80),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_against_float64(case):
+    assert why_not(case.queries(), case.parts()) == ""
+    out = np.array(attend_block(case.queries(), case.parts(), case.scale, case.sink_logits)).astype(np.float64)
+    assert np.abs(out - exact(case)[0]).max() <= 5e-6
+
+
+def test_when_it_is_taken():
+    case = CASES[1]
+    assert backend(case.queries(), View(case.parts())) == ("ops", "no GPU: MLX runs on the CPU")
+    with launch.stand_in(mx.fast.metal_kernel):
+        assert backend(case.queries(), View(case.parts()))[0] == "block"
+        assert backend(case.queries(), View(case.parts()), want_weights=True)[0] == "ops"
+        odd = Case(n_new=40, ring=70, width=72)
+        assert "no fused attention" in backend(odd.queries(), View(odd.parts()))[1]
+        uneven = Case(n_new=40, ring=70, slots=(0, 10, 0, 9000), heads=4)
+        assert "padding" in backend(uneven.queries(), View(uneven.parts()))[1]
