@@ -119,7 +119,7 @@ def attend_ops(
     rows = (batch, kv_heads, gqa_factor * n_new)
     grouped = (queries * (scale * LOG2_E)).reshape(*rows, width)
     parts = [part.for_rows(gqa_factor * n_new, queries.dtype) for part in view.parts]
-    logits = [part.logits(grouped, sight) for part in parts]
+    logits = [part.logits(grouped, sight, n_new) for part in parts]
     if n_new > 1 or isinstance(mask, mx.array):
         newest = logits[-1].reshape(batch, kv_heads, gqa_factor, n_new, -1)
         logits[-1] = _masked(newest, mask).reshape(*rows, -1)

@@ -230,6 +230,7 @@ class PrunedKVCache:
             self.tokens_seen, self.planned = self.tokens_seen - n, None
             self._set_offset(self.held.written)
             self.turns = tuple(x for x in self.turns if x <= self.held.written)
+            self._note_peak()  # slots that went back to the ring leave their place in the pool allocated
         return n
 
     def drop(self, start: int, stop: int, close: bool) -> None:
@@ -255,6 +256,7 @@ class PrunedKVCache:
         turns = (x if x <= start else max(start, x - shift) for x in self.turns)
         self.turns = tuple(dict.fromkeys(x for x in turns if x))  # a turn that is gone whole needs no floor
         self._set_offset(self.held.written)
+        self._note_peak()
 
     def check_drop(self, close: bool) -> None:
         """Raise ``ValueError`` where closing a gap would turn quantized keys."""
@@ -499,6 +501,9 @@ class PrunedKVCache:
         """What the ring cannot hold moves on at once."""
         if over := self.held.overflow():
             self.upkeep(over)
+        self._note_peak()
+
+    def _note_peak(self) -> None:
         self.nbytes_peak = max(self.nbytes_peak, self.nbytes)
 
     def everything(self, newest: int | None = None) -> Held:

@@ -107,7 +107,6 @@ def attend_slots(
     sinks: mx.array | None = None,
     weights: bool = False,
     sight: Sight = EVERYTHING,
-    newest: int = 0,
     force: bool = False,
 ) -> tuple[mx.array, tuple[mx.array, ...] | None]:
     """Causal attention of ``L`` new queries over parts, of which the last ends with the new tokens.
@@ -120,7 +119,6 @@ def attend_slots(
         weights: return weights as well, of one new token: ``(B, H_kv, G, 1, S)`` per part, each the mean over the ``G``
             query heads of its KV head.
         sight: window and cap of the logits.
-        newest: position of the newest query, for windows and decays.
         force: look whether the kernel can run here, and raise if it cannot; who asked ``can_run`` knows.
 
     Returns:
@@ -136,7 +134,7 @@ def attend_slots(
     shape = _Shape(queries.dtype, batch, _kv_heads(parts), n_heads * n_new // _kv_heads(parts), n_new)
     grouped = mx.contiguous(queries.reshape(batch, shape.kv_heads, shape.rows, width))
     asks = [
-        _Ask.of(shape, part, grouped, scale, sight, newest, causal=n_new > 1 and i == len(parts) - 1)
+        _Ask.of(shape, part, grouped, scale, sight, causal=n_new > 1 and i == len(parts) - 1)
         for i, part in enumerate(parts)
         if _tiles(part)
     ]
@@ -175,9 +173,7 @@ class _Ask:
     width: int
 
     @staticmethod
-    def of(
-        shape: _Shape, part: Part | PagedPart, queries: mx.array, scale: float, sight: Sight, newest: int, causal: bool
-    ) -> _Ask:
+    def of(shape: _Shape, part: Part | PagedPart, queries: mx.array, scale: float, sight: Sight, causal: bool) -> _Ask:
         keys, values, gate = part.keys, part.values, part.gate
         n_items, items, firsts = _items(_tiles(part))
         ranks, tables = part.ranks, part.ranks and part.ranks.turn.tables(keys.codec.width)
@@ -185,7 +181,7 @@ class _Ask:
         slots = 0 if isinstance(part, PagedPart) else _slots(part)
         numbers = (
             slots,
-            newest,
+            sight.newest,
             sight.window or 0,
             ranks.shift if ranks else 0,
             slots,
@@ -193,7 +189,7 @@ class _Ask:
         )
         per_slot = (ranks and ranks.ranks, tables and tables.cos, tables and tables.sin)
         gates = (gate and gate.bias, gate and gate.decay, gate and gate.positions)
-        windowed = sight.window is not None and gate is not None and gate.positions is not None
+        assert sight.window is None or (gate and gate.positions is not None), "a window needs positions"
         inputs = [queries, items, _numbers(numbers), _factors(float(scale), float(sight.softcap or 0))]
         inputs += [*_operands(keys), *_operands(values), _flat(table, mx.int32), _flat(part.mask, mx.bool_)]
         inputs += [
@@ -215,7 +211,7 @@ class _Ask:
             ("GATED", bool(gate and gate.bias is not None)),
             ("DECAYED", bool(gate and gate.decay is not None)),
         ]
-        template += [("WINDOWED", windowed), ("SOFTCAP", sight.softcap is not None)]
+        template += [("WINDOWED", sight.window is not None), ("SOFTCAP", sight.softcap is not None)]
         return _Ask(shape, part, inputs, template, firsts, n_items, values.codec.width)
 
     def run(self) -> list[mx.array]:

@@ -59,17 +59,19 @@ class Sight:
     """How queries see slots beyond the plain product: all of it acts on logits that are not yet to the base of two.
 
     Attributes:
-        at: positions of the queries, int32 ``(R,)``; only ``Gate.decay`` and ``window`` need it.
-        window: of a sliding window: a query sees the newest so many tokens, itself included; None for all.
+        newest: position of the newest query, for ``Gate.decay`` and ``window``.
+        window: of a sliding window: a query sees the newest so many tokens, itself included; None for all. Every part then
+            needs the positions of its slots.
         softcap: logits become ``softcap * tanh(logits / softcap)`` before gates are added; None for no cap.
     """
 
-    at: mx.array | None = None
+    newest: int = 0
     window: int | None = None
     softcap: float | None = None
 
-    def apply(self, logits: mx.array, gate: Gate | None) -> mx.array:
-        """Logits to the base of two ``(..., R, S)`` with all of this; per-slot arrays of ``gate`` are ``(..., S)``."""
+    def apply(self, logits: mx.array, gate: Gate | None, n_new: int) -> mx.array:
+        """Logits to the base of two ``(..., G n_new, S)`` with all of this; arrays of ``gate`` are ``(..., S)``."""
+        assert self.window is None or (gate is not None and gate.positions is not None), "a window needs positions"
         if self.softcap is not None:
             cap = self.softcap * LOG2_E
             logits = cap * mx.tanh(logits / cap)
@@ -77,9 +79,10 @@ class Sight:
             return logits
         if gate.bias is not None:
             logits = logits + gate.bias[..., None, :] * LOG2_E
-        if gate.positions is None or self.at is None:
+        if gate.positions is None:
             return logits
-        age = self.at[:, None] - gate.positions[..., None, :]
+        at = mx.tile(mx.arange(self.newest + 1 - n_new, self.newest + 1), logits.shape[-2] // n_new)
+        age = at[:, None] - gate.positions[..., None, :]
         if gate.decay is not None:
             logits = logits + age * gate.decay[..., None, :] * LOG2_E
         return logits if self.window is None else mx.where(age < self.window, logits, -mx.inf)
@@ -112,10 +115,11 @@ class Part:
             return self
         return replace(self, keys=plain(self.ranks.turned(self.keys.decoded(dtype))), ranks=None)
 
-    def logits(self, queries: mx.array, sight: Sight = EVERYTHING) -> mx.array:
-        """``(B, H_kv, R, D)`` -> ``(B, H_kv, R, S)`` float32."""
+    def logits(self, queries: mx.array, sight: Sight = EVERYTHING, n_new: int = 1) -> mx.array:
+        """``(B, H_kv, R, D)`` -> ``(B, H_kv, R, S)`` float32, to the base of two as the queries are; R counts ``n_new`` tokens
+        for one query head after the other."""
         logits = self.ready(queries.dtype).keys.scores(queries).astype(mx.float32)
-        logits = sight.apply(logits, self.gate)
+        logits = sight.apply(logits, self.gate, n_new)
         return logits if self.mask is None else mx.where(self.mask, logits, -mx.inf)
 
     def peak(self, logits: mx.array) -> mx.array:
@@ -202,10 +206,10 @@ class PagedPart:
             return self
         return replace(self, keys=plain(self.ranks.turned(self.keys.decoded(dtype))), ranks=None)
 
-    def logits(self, queries: mx.array, sight: Sight = EVERYTHING) -> mx.array:
+    def logits(self, queries: mx.array, sight: Sight = EVERYTHING, n_new: int = 1) -> mx.array:
         flat = queries.reshape(-1, *queries.shape[2:])
         logits = self.ready(queries.dtype)._scores(flat).astype(mx.float32)
-        logits = sight.apply(logits, self.gate)
+        logits = sight.apply(logits, self.gate, n_new)
         return logits if self.mask is None else mx.where(self.mask, logits, -mx.inf)
 
     def peak(self, logits: mx.array) -> mx.array:

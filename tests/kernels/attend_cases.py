@@ -10,6 +10,7 @@ import mlx.nn as nn
 import numpy as np
 from metal_emulator import Emulator
 
+from mlx_kvprune.attend import View, attend_ops
 from mlx_kvprune.kernels import launch
 from mlx_kvprune.kernels.attend_slots import attend_slots
 from mlx_kvprune.numerics import device
@@ -91,8 +92,7 @@ class Case:
     def sight(self) -> Sight:
         if not (self.gated or self.window or self.softcap):
             return EVERYTHING
-        at = mx.tile(mx.arange(600 - self.n_new, 600), self.gqa)
-        return Sight(at=at, window=self.window, softcap=self.softcap)
+        return Sight(newest=599, window=self.window, softcap=self.softcap)
 
     @property
     def sink_logits(self) -> mx.array | None:
@@ -212,7 +212,12 @@ def _poisoned(x: mx.array, n: int) -> mx.array:
 
 def run(case: Case, weights: bool = False):
     """The kernel's output and weights."""
-    return attend_slots(case.queries(), case.parts(), case.scale, case.sink_logits, weights, case.sight, newest=599)
+    return attend_slots(case.queries(), case.parts(), case.scale, case.sink_logits, weights, case.sight)
+
+
+def plain_operations(case: Case):
+    """The output of the reference in plain MLX operations."""
+    return attend_ops(case.queries(), View(case.parts()), case.scale, "causal", case.sink_logits, False, case.sight).out
 
 
 def exact(case: Case):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-from attend_cases import Case, exact, online, recorded, run
+from attend_cases import Case, exact, online, plain_operations, recorded, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from metal_emulator import unavailable
@@ -27,6 +27,8 @@ def check(case: Case, weights: bool = False, **emulator):
         rounding = max(rounding, np.abs(online(case) - wanted).max())
     allowed = 2 if case.bits == (None, None) else 4  # rows that were unpacked for ``exact`` were rounded once, too
     assert np.abs(out - wanted).max() <= allowed * rounding, (np.abs(out - wanted).max(), rounding)
+    if case.dtype == mx.float32:
+        assert np.abs(np.array(plain_operations(case)) - wanted).max() <= 8 * rounding, "the reference"
     if weights:
         assert found is not None
         for ours, theirs in zip(found, shares, strict=True):
