@@ -215,7 +215,8 @@ class CacheMachine(RuleBasedStateMachine):
             assert sorted(row[i] for i in live) == sorted(self.model.pools[head] + self.model.ring)
             given = np.array([self.model.tokens[row[i]][head] for i in live]).reshape(-1, WIDTH)
             error = np.abs(keys[head][live] - given).max(initial=0)
-            assert error <= (0 if bits is None else 2 * 2.2 / (2**bits - 1)), "every slot's key is its token's"
+            # a rotated row of these reaches about 3.3; another token's key would be off by 1.7
+            assert error <= (0 if bits is None else 2 * 3.3 / (2**bits - 1)), "every slot's key is its token's"
 
     def teardown(self):
         for cache, positions, keys in getattr(self, "left_behind", ()):
