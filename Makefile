@@ -25,6 +25,9 @@ test: dev
 test-gpu: dev
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[$(if $(filter Linux,$(shell uname -s)),cuda13$(COMMA))dev]'
 	@$(BIN)/python -m pytest -m gpu -n 0 -rs
+	@if command -v compute-sanitizer >/dev/null; then \
+		compute-sanitizer --tool memcheck --error-exitcode 1 $(BIN)/python -m pytest -m gpu -n 0 -k attention; \
+		else echo "compute-sanitizer is not on the PATH: left out"; fi
 	@$(BIN)/mlx-kvprune doctor
 	@$(BIN)/python -m mlx_kvprune.bench --kernels
 

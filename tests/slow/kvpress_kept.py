@@ -7,6 +7,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 import kvpress
 import numpy as np
@@ -44,7 +45,7 @@ def kept(model, press, tokens):
 def main():
     directory, tokens, out = sys.argv[1:]
     model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="sdpa").eval()
-    ids = json.load(open(tokens))
+    ids = json.loads(Path(tokens).read_text())
     np.savez(out, **{name: kept(model, press(compression_ratio=RATIO), ids) for name, press in PRESSES.items()})
 
 
