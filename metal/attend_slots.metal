@@ -16,17 +16,17 @@
   threadgroup float shared_out[SIMDS * DV];
   threadgroup float shared_stats[SIMDS * ROWS * 2];
   float o[ROWS][8], m[ROWS], l[ROWS];
-  for (int r = 0; r < ROWS; r++) {
+  UNROLL for (int r = 0; r < ROWS; r++) {
     m[r] = -INFINITY;
     l[r] = 0.0f;
-    for (int j = 0; j < 8; j++) o[r][j] = 0.0f;
+    UNROLL for (int j = 0; j < 8; j++) o[r][j] = 0.0f;
   }
 
   for (int tile = first_tile + int(simd); tile < last_tile; tile += SIMDS) {
 #include "slots_logits.metal"
 
     // -- the softmax so far
-    for (int r = 0; r < ROWS; r++) {
+    UNROLL for (int r = 0; r < ROWS; r++) {
       float peak = max(m[r], simd_max(x[r]));
       float base = peak == -INFINITY ? 0.0f : peak;
       float alpha = exp2(m[r] - base);
@@ -34,31 +34,31 @@
       m[r] = peak;
       l[r] = l[r] * alpha + p;
       x[r] = p;
-      for (int j = 0; j < 8; j++) o[r][j] *= alpha;
+      UNROLL for (int j = 0; j < 8; j++) o[r][j] *= alpha;
     }
 
     // -- values
     for (int i = 0; i < LPS; i++) {
       int there = int(sub) * LPS + i, at = PAGED ? there : tile * PAGE + there;
       float v[8];
-      for (int j = 0; j < 8; j++) v[j] = 0.0f;
+      UNROLL for (int j = 0; j < 8; j++) v[j] = 0.0f;
       if ((alive >> uint(there) & 1) != 0) {
         read_row<T, VALUE_BITS, VALUE_GROUP, DV>(
             value_bytes + (value_base + at * value_row) * VALUE_ITEM, value_scales + value_scale_base + at * value_scale_row,
             value_biases + value_scale_base + at * value_scale_row, octet, v);
       }
-      for (int r = 0; r < ROWS; r++) {
+      UNROLL for (int r = 0; r < ROWS; r++) {
         float p = simd_shuffle(x[r], ushort(there));
-        for (int j = 0; j < 8; j++) o[r][j] += p * v[j];
+        UNROLL for (int j = 0; j < 8; j++) o[r][j] += p * v[j];
       }
     }
   }
 
   // -- lanes, then SIMD groups, put together what they have
-  for (int r = 0; r < ROWS; r++) {
+  UNROLL for (int r = 0; r < ROWS; r++) {
     l[r] = simd_sum(l[r]);
     for (int step = LPS; step < 32; step *= 2) {
-      for (int j = 0; j < 8; j++) o[r][j] += simd_shuffle_xor(o[r][j], ushort(step));
+      UNROLL for (int j = 0; j < 8; j++) o[r][j] += simd_shuffle_xor(o[r][j], ushort(step));
     }
     if (VALUE_HADAMARD > 0) hadamard<VALUE_HADAMARD>(o[r], lane);
     if (lane == 0) {
@@ -67,7 +67,7 @@
     }
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  for (int r = 0; r < ROWS; r++) {
+  UNROLL for (int r = 0; r < ROWS; r++) {
     float peak = -INFINITY, total = 0.0f;
     for (int s = 0; s < SIMDS; s++) peak = max(peak, shared_stats[(s * ROWS + r) * 2]);
     float base = peak == -INFINITY ? 0.0f : peak;
@@ -76,7 +76,7 @@
     }
     float own = exp2(m[r] - base);
     if (lane < uint(LPS) && octet * 8 < DV) {
-      for (int j = 0; j < 8; j++) shared_out[simd * DV + uint(octet * 8 + j)] = o[r][j] * own;
+      UNROLL for (int j = 0; j < 8; j++) shared_out[simd * DV + uint(octet * 8 + j)] = o[r][j] * own;
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);
     if (row0 + r < R) {

@@ -22,6 +22,7 @@ inline void add_part(
   }
 }
 // ---- body
+  const int R = numbers[0], NEW = numbers[1];  // query rows of a KV head; new tokens
   const int channel = int(thread_position_in_grid.x), at = int(thread_position_in_grid.y);
   const int head = at / R, row = at % R;
   float peak = -INFINITY;

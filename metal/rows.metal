@@ -1,13 +1,15 @@
 // Rows as they are packed, eight values at a time: what all kernels that read keys and values share.
 //   A row of D values is a bit stream of codes, lowest bits first; eight codes of b bits are b whole bytes.
 
+#define UNROLL _Pragma("clang loop unroll(full)")  // arrays of a thread stay in registers only where loops over them are unrolled
+
 // Eight neighbours of a row (octet o: values 8 o .. 8 o + 7), as codes or, with BITS = 0, as values of type T.
 template <typename T, int BITS>
 inline void read_octet(const device uchar* row, int octet, thread float* x) {
   const device uchar* at = row + octet * (BITS == 0 ? 8 * int(sizeof(T)) : BITS);
   if (BITS == 0) {
     const device T* values = reinterpret_cast<const device T*>(at);
-    for (int j = 0; j < 8; j++) x[j] = static_cast<float>(values[j]);
+    UNROLL for (int j = 0; j < 8; j++) x[j] = static_cast<float>(values[j]);
     return;
   }
   uint low = 0, high = 0;  // four codes each
@@ -33,7 +35,7 @@ inline void read_octet(const device uchar* row, int octet, thread float* x) {
     high = low >> 8;
   }
   constexpr uint MASK = (1u << BITS) - 1;
-  for (int j = 0; j < 4; j++) {
+  UNROLL for (int j = 0; j < 4; j++) {
     x[j] = float(low >> (j * BITS) & MASK);
     x[4 + j] = float(high >> (j * BITS) & MASK);
   }
@@ -43,7 +45,7 @@ inline void read_octet(const device uchar* row, int octet, thread float* x) {
 template <int BLOCK>
 inline void hadamard(thread float* x, uint lane) {
   for (int step = 1; step < (BLOCK < 8 ? BLOCK : 8); step *= 2) {
-    for (int j = 0; j < 8; j++) {
+    UNROLL for (int j = 0; j < 8; j++) {
       if ((j & step) == 0) {
         float a = x[j], b = x[j + step];
         x[j] = a + b;
@@ -53,8 +55,8 @@ inline void hadamard(thread float* x, uint lane) {
   }
   for (int step = 1; step < BLOCK / 8; step *= 2) {
     float sign = (lane & uint(step)) == 0 ? 1.0f : -1.0f;
-    for (int j = 0; j < 8; j++) x[j] = simd_shuffle_xor(x[j], ushort(step)) + sign * x[j];
+    UNROLL for (int j = 0; j < 8; j++) x[j] = simd_shuffle_xor(x[j], ushort(step)) + sign * x[j];
   }
   float norm = rsqrt(float(BLOCK));
-  for (int j = 0; j < 8; j++) x[j] *= norm;
+  UNROLL for (int j = 0; j < 8; j++) x[j] *= norm;
 }

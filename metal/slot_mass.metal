@@ -15,7 +15,7 @@
     if (PAGED || tile * 32 + int(lane) < count) mass[own] = 0.0f;
 #include "slots_logits.metal"
     float sum = 0.0f;
-    for (int r = 0; r < ROWS; r++) {
+    UNROLL for (int r = 0; r < ROWS; r++) {
       int row = (head * R + row0 + r) * 2;
       if (row0 + r < R && x[r] != -INFINITY) sum += exp2(x[r] - totals[row]) / totals[row + 1];
     }

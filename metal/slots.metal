@@ -5,13 +5,13 @@
 template <typename T, int BITS, int GROUP, int D>
 inline void read_row(const device uchar* row, const device half* scales, const device half* biases, int octet, thread float* x) {
   if (octet * 8 >= D) {
-    for (int j = 0; j < 8; j++) x[j] = 0.0f;
+    UNROLL for (int j = 0; j < 8; j++) x[j] = 0.0f;
     return;
   }
   read_octet<T, BITS>(row, octet, x);
   if (BITS > 0) {
     float scale = float(scales[octet * 8 / GROUP]), bias = float(biases[octet * 8 / GROUP]);
-    for (int j = 0; j < 8; j++) x[j] = x[j] * scale + bias;
+    UNROLL for (int j = 0; j < 8; j++) x[j] = x[j] * scale + bias;
   }
 }
 
@@ -33,7 +33,7 @@ inline void rotate_row(thread float* x, const device float* cosines, const devic
   uint first = lane - uint(octet);
   int other = NEIGHBOURS ? octet : octet < HALF ? octet + HALF : octet < 2 * HALF ? octet - HALF : octet;
   float partner[8];
-  for (int j = 0; j < 8; j++) partner[j] = NEIGHBOURS ? x[j ^ 1] : simd_shuffle(x[j], ushort(first + uint(other)));
+  UNROLL for (int j = 0; j < 8; j++) partner[j] = NEIGHBOURS ? x[j ^ 1] : simd_shuffle(x[j], ushort(first + uint(other)));
   if (octet * 8 >= DIMS) return;
-  for (int j = 0; j < 8; j++) x[j] = x[j] * cosines[octet * 8 + j] + partner[j] * sines[octet * 8 + j];
+  UNROLL for (int j = 0; j < 8; j++) x[j] = x[j] * cosines[octet * 8 + j] + partner[j] * sines[octet * 8 + j];
 }

@@ -23,7 +23,7 @@
 
     // -- logits: lane's slot, every row
     float x[ROWS];
-    for (int r = 0; r < ROWS; r++) x[r] = 0.0f;
+    UNROLL for (int r = 0; r < ROWS; r++) x[r] = 0.0f;
     if (PAGED_KEYS) {
       int64_t granule = PAGED ? 0 : tile;
       const device uint* words = reinterpret_cast<const device uint*>(key_bytes + (key_base + granule * key_row) * KEY_ITEM);
@@ -31,14 +31,14 @@
       const device half* biases = key_biases + scale_base + granule * scale_row;
       for (int channel = 0; channel < D; channel++) {
         float k = page_code<KEY_BITS>(words, channel, lane) * float(scales[channel]) + float(biases[channel]);
-        for (int r = 0; r < ROWS; r++) x[r] += shared_queries[r * D + channel] * k;
+        UNROLL for (int r = 0; r < ROWS; r++) x[r] += shared_queries[r * D + channel] * k;
       }
     } else {
       for (int i = 0; i < LPS; i++) {
         int there = int(sub) * LPS + i, at = PAGED ? there : tile * PAGE + there;
         bool reads = (alive >> uint(there) & 1) != 0;
         float k[8];
-        for (int j = 0; j < 8; j++) k[j] = 0.0f;
+        UNROLL for (int j = 0; j < 8; j++) k[j] = 0.0f;
         if (reads) {
           read_row<T, KEY_BITS, KEY_GROUP, D>(
               key_bytes + (key_base + at * key_row) * KEY_ITEM, key_scales + scale_base + at * scale_row,
@@ -47,7 +47,7 @@
         if (TURNED) {
           if (KEY_HADAMARD > 0) hadamard<KEY_HADAMARD>(k, lane);
           if (FRAMED) {
-            for (int j = 0; j < 8; j++) {
+            UNROLL for (int j = 0; j < 8; j++) {
               int channel = frame + (octet * 8 < D ? octet * 8 + j : 0);
               k[j] = k[j] * frame_scale[channel] + frame_offset[channel];
             }
@@ -56,9 +56,9 @@
           int turn = reads ? (ranks[one] + shift) * DIMS : 0;
           rotate_row<DIMS, NEIGHBOURS>(k, cosines + turn, sines + turn, octet, lane);
         }
-        for (int r = 0; r < ROWS; r++) {
+        UNROLL for (int r = 0; r < ROWS; r++) {
           float product = 0.0f;
-          for (int j = 0; j < 8; j++) product += q[r][j] * k[j];
+          UNROLL for (int j = 0; j < 8; j++) product += q[r][j] * k[j];
           for (int step = 1; step < LPS; step *= 2) product += simd_shuffle_xor(product, ushort(step));
           if (octet == i) x[r] = product;
         }
@@ -71,7 +71,7 @@
     if (GATED && seen) gate = gates[slot_at];
     if (DECAYED && seen) decay = decays[slot_at];
     if ((DECAYED || WINDOWED) && seen) position = positions[slot_at];
-    for (int r = 0; r < ROWS; r++) {
+    UNROLL for (int r = 0; r < ROWS; r++) {
       int token = (row0 + r) % NEW;  // of the new ones; the last of them is the newest
       int age = newest - (NEW - 1 - token) - position;
       float logit = x[r] + shared_lift[r];

@@ -12,8 +12,9 @@
   const int octet = int(lane) % LPS;
   const uint sub = lane / uint(LPS);
   const int count = numbers[0], newest = numbers[1], window = numbers[2], shift = numbers[3];
+  const int R = numbers[6], NEW = numbers[7];  // query rows of a KV head; new tokens, which they are a multiple of
   const int stride = numbers[4], width = numbers[5];  // slots of a head in arrays of one per slot; pages of a head in ``table``
-  const int frame = (PAGED ? table[head * width + first_tile] : head) * D;  // all pages of a head have the same
+  const int frame = head * D;
   const float scale = factors[0], softcap = factors[1];
   const device uchar* key_bytes = reinterpret_cast<const device uchar*>(keys);
   const device uchar* value_bytes = reinterpret_cast<const device uchar*>(values);
@@ -24,9 +25,9 @@
   threadgroup float shared_queries[ROWS * D];
   threadgroup float shared_lift[ROWS];
   if (simd == 0) {
-    for (int r = 0; r < ROWS; r++) {
+    UNROLL for (int r = 0; r < ROWS; r++) {
       float x[8], raised = 0.0f;
-      for (int j = 0; j < 8; j++) {
+      UNROLL for (int j = 0; j < 8; j++) {
         int channel = octet * 8 + j;
         bool there = channel < D && row0 + r < R;
         x[j] = there ? static_cast<float>(queries[(head * R + row0 + r) * D + channel]) * scale : 0.0f;
@@ -38,7 +39,7 @@
       for (int step = 1; step < LPS; step *= 2) raised += simd_shuffle_xor(raised, ushort(step));
       if (KEY_HADAMARD > 0 && !TURNED) hadamard<KEY_HADAMARD>(x, lane);
       if (lane < uint(LPS) && octet * 8 < D) {
-        for (int j = 0; j < 8; j++) shared_queries[r * D + octet * 8 + j] = x[j];
+        UNROLL for (int j = 0; j < 8; j++) shared_queries[r * D + octet * 8 + j] = x[j];
       }
       if (lane == 0) shared_lift[r] = raised;
     }
@@ -46,7 +47,7 @@
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
   float q[ROWS][8];
-  for (int r = 0; r < ROWS; r++) {
-    for (int j = 0; j < 8; j++) q[r][j] = octet * 8 < D ? shared_queries[r * D + octet * 8 + j] : 0.0f;
+  UNROLL for (int r = 0; r < ROWS; r++) {
+    UNROLL for (int j = 0; j < 8; j++) q[r][j] = octet * 8 < D ? shared_queries[r * D + octet * 8 + j] : 0.0f;
   }
 

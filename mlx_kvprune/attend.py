@@ -7,12 +7,17 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from mlx_kvprune.kernels import attend_block, attend_slots
+from mlx_kvprune.kernels import attend_block, attend_slots, checks
 from mlx_kvprune.kernels.attend_slots import MOST_NEW
 from mlx_kvprune.numerics import LOG2_E, exp2
 from mlx_kvprune.slots import EVERYTHING, PagedPart, Part, Sight
 
 Mask = mx.array | str | None
+WITHIN = {
+    mx.float32: 1e-3,
+    mx.float16: 2.0**-7,
+    mx.bfloat16: 2.0**-5,
+}  # errors of a kernel, relative to the largest value
 
 
 @dataclass(frozen=True)
@@ -94,10 +99,26 @@ def attend(
             mx.fast.scaled_dot_product_attention(queries, keys, values, scale=scale, mask=causal, sinks=sinks)
         )
     if name == "kernel":
-        return Attended(*attend_slots.attend_slots(queries, view.parts, scale, sinks, want_weights, sight))
+        by_kernel = lambda: Attended(*attend_slots.attend_slots(queries, view.parts, scale, sinks, want_weights, sight))
+        error = lambda: _error(
+            by_kernel(), attend_ops(queries.astype(mx.float32), view, scale, mask, sinks, want_weights, sight)
+        )
+        variant = attend_slots.variant(queries, view.parts, sinks, want_weights, sight)
+        if not checks.refuted("attend_slots", variant, error, WITHIN[queries.dtype]):
+            return by_kernel()
+        name = "ops"
     if name == "block":
         return Attended(attend_block.attend_block(queries, view.parts, scale, sinks))
     return attend_ops(queries, view, scale, mask, sinks, want_weights, sight)
+
+
+def _error(found: Attended, wanted: Attended) -> float:
+    """Largest difference, relative to the largest value: of outputs, and of weights (the mean over a KV head's queries)."""
+    pairs = [(found.out.astype(mx.float32), wanted.out)]
+    for ours, theirs in zip(found.weights or (), wanted.weights or (), strict=True):
+        if ours.size:
+            pairs.append((ours[:, :, 0], theirs.mean(axis=2)))
+    return max(float(mx.abs(a - b).max() / mx.maximum(mx.abs(b).max(), 1e-6)) for a, b in pairs)
 
 
 def attend_ops(
@@ -128,11 +149,15 @@ def attend_ops(
         column = (sinks.astype(mx.float32) * LOG2_E).reshape(1, kv_heads, gqa_factor, 1)
         peaks.append(mx.broadcast_to(column, (batch, kv_heads, gqa_factor, n_new)).reshape(*rows, 1))
     peak = functools.reduce(mx.maximum, peaks)
+    may_hide_all = sight is not EVERYTHING or any(part.gate for part in parts)
+    if may_hide_all:  # of a query that sees nothing the output is zero
+        peak = mx.maximum(peak, -1e30)
     weights = [exp2(x - part.spread(peak)) for part, x in zip(parts, logits, strict=True)]
     totals = [part.total(w) for part, w in zip(parts, weights, strict=True)]
     if sinks is not None:
         totals.append(exp2(peaks[-1] - peak))
     total = sum(totals[1:], totals[0])
+    total = mx.where(total > 0, total, 1.0) if may_hide_all else total
     products = [part.mix(w) for part, w in zip(parts, weights, strict=True)]
     out = (sum(products[1:], products[0]) / total).astype(queries.dtype).reshape(batch, n_heads, n_new, -1)
     if not want_weights:

@@ -101,6 +101,7 @@ class Turning:
 
     rope: Rope
     size: int
+    _tables: dict[int, Tables | None] = field(default_factory=dict, compare=False, repr=False)
 
     def __call__(self, x: mx.array, at: mx.array) -> mx.array:
         """``rotate(rope, x, at)``."""
@@ -108,6 +109,11 @@ class Turning:
 
     def tables(self, width: int) -> Tables | None:
         """What ``rotate`` multiplies rows of this width with; None where it asks the module row by row."""
+        if width not in self._tables:
+            self._tables[width] = self._look_up(width)
+        return self._tables[width]
+
+    def _look_up(self, width: int) -> Tables | None:
         if self.rope is None:
             return Tables(0, False, mx.zeros(0), mx.zeros(0))
         return _tables_for(self.rope, width, self.size) if self.size <= LONGEST else None

@@ -169,7 +169,9 @@ def _tell_settings(path: Any, cache: list[Any], asked: CacheSettings) -> None:
             )
         return
     found, wanted = bounded[0].settings, policy_for(asked)[1]
-    if found.but(positions=wanted.positions, seed=wanted.seed) != wanted:
+    if wanted.positions == "auto":
+        wanted = wanted.but(positions=found.positions)
+    if found.but(seed=wanted.seed) != wanted:
         say(f"The cache in {path} keeps its own settings: {found.described()}. Those of this command are not used.")
 
 

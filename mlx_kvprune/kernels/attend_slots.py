@@ -19,6 +19,7 @@ import numpy as np
 from mlx_kvprune.kernels import checks
 from mlx_kvprune.kernels.launch import LEAST, SIMD, Kernel, enough
 from mlx_kvprune.numerics import device
+from mlx_kvprune.quantize import Codec
 from mlx_kvprune.settings import PAGE
 from mlx_kvprune.slots import EVERYTHING, PagedPart, Part, Rows, Sight, plain
 
@@ -28,6 +29,7 @@ MOST_WIDTH = 256  # of a head
 MOST_PARTS = 3
 SIMDS = 8  # SIMD groups of a threadgroup
 LEAST_TILES, MOST_TILES, ITEMS = 32, 64, 512  # tiles of 32 slots per threadgroup, and how many of those are enough
+FEW, FEW_TILES = 256, 8  # of so few tiles in all, threadgroups take less: there would be too few of them
 SCHEMES = {"token": 0, "channel": 1, "page": 2}
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 
@@ -50,7 +52,7 @@ ATTEND = Kernel("attend_slots", READS, ("mixed", "stats"))
 MASS = Kernel("slot_mass", (*READS, "totals"), ("mass",))
 MERGE = Kernel(
     "merge_slots",
-    ("mixed0", "stats0", "firsts0", "mixed1", "stats1", "firsts1", "mixed2", "stats2", "firsts2", "sinks"),
+    ("mixed0", "stats0", "firsts0", "mixed1", "stats1", "firsts1", "mixed2", "stats2", "firsts2", "sinks", "numbers"),
     ("out", "totals"),
 )
 
@@ -129,7 +131,6 @@ def attend_slots(
     """
     if force and (reason := can_run(queries, parts, weights)):
         raise ValueError(f"[kernels] attend_slots cannot run: {reason}; try attend, which takes what can")
-    assert not why_not(queries, parts, weights)
     batch, n_heads, n_new, width = queries.shape
     shape = _Shape(queries.dtype, batch, _kv_heads(parts), n_heads * n_new // _kv_heads(parts), n_new)
     grouped = mx.contiguous(queries.reshape(batch, shape.kv_heads, shape.rows, width))
@@ -147,6 +148,22 @@ def attend_slots(
     return out, tuple(_weights(shape, part, asks, totals) for part in parts) if weights else None
 
 
+def variant(
+    queries: mx.array, parts: Sequence[Part | PagedPart], sinks: mx.array | None, weights: bool, sight: Sight
+) -> tuple[Any, ...]:
+    """What the kernels are compiled for; equal where the same machine code runs."""
+    of = lambda part: (
+        type(part),
+        part.keys.codec,
+        part.values.codec,
+        part.mask is None,
+        part.ranks is None,
+        part.gate and (part.gate.bias is None, part.gate.decay is None),
+    )
+    asked = (weights, sinks is None, sight.window is None, sight.softcap is None)
+    return queries.dtype, queries.shape[1:], _kv_heads(parts), *asked, *(of(part) for part in parts)
+
+
 @dataclass(frozen=True)
 class _Shape:
     dtype: mx.Dtype
@@ -158,6 +175,12 @@ class _Shape:
     @property
     def heads(self) -> int:
         return self.batch * self.kv_heads
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows of a threadgroup: as many as there are in decode; else a power of two, lest each length be compiled."""
+        rows = self.rows if self.n_new == 1 else 1 << (self.rows - 1).bit_length()
+        return min(rows, MOST_ROWS)
 
 
 @dataclass(frozen=True)
@@ -175,37 +198,38 @@ class _Ask:
     @staticmethod
     def of(shape: _Shape, part: Part | PagedPart, queries: mx.array, scale: float, sight: Sight, causal: bool) -> _Ask:
         keys, values, gate = part.keys, part.values, part.gate
+        sight.check(gate)
         n_items, items, firsts = _items(_tiles(part))
         ranks, tables = part.ranks, part.ranks and part.ranks.turn.tables(keys.codec.width)
+        frame = part.frame if isinstance(part, PagedPart) else keys.frame
         table = part.layout.table if isinstance(part, PagedPart) else None
         slots = 0 if isinstance(part, PagedPart) else _slots(part)
         numbers = (
             slots,
-            sight.newest,
+            sight.newest or 0,
             sight.window or 0,
             ranks.shift if ranks else 0,
             slots,
             table.shape[1] if table is not None else 0,
+            shape.rows,
+            shape.n_new,
         )
         per_slot = (ranks and ranks.ranks, tables and tables.cos, tables and tables.sin)
         gates = (gate and gate.bias, gate and gate.decay, gate and gate.positions)
-        assert sight.window is None or (gate and gate.positions is not None), "a window needs positions"
         inputs = [queries, items, _numbers(numbers), _factors(float(scale), float(sight.softcap or 0))]
         inputs += [*_operands(keys), *_operands(values), _flat(table, mx.int32), _flat(part.mask, mx.bool_)]
-        inputs += [
-            _flat(x, mx.float32) for x in ((keys.frame.offset, keys.frame.scale) if keys.frame else (None, None))
-        ]
+        inputs += [_flat(x, mx.float32) for x in ((frame.offset, frame.scale) if frame else (None, None))]
         inputs += [_flat(x, kind) for x, kind in zip(per_slot, (mx.int32, mx.float32, mx.float32), strict=True)]
         inputs += [_flat(x, kind) for x, kind in zip(gates, (mx.float32, mx.float32, mx.int32), strict=True)]
         template: list[tuple[str, Any]] = [("T", shape.dtype), ("D", keys.codec.width), ("DV", values.codec.width)]
-        template += [("KV_HEADS", shape.kv_heads), ("R", shape.rows), ("NEW", shape.n_new), ("SIMDS", SIMDS)]
+        template += [("KV_HEADS", shape.kv_heads), ("SIMDS", SIMDS)]
         template += [
-            ("ROWS", min(shape.rows, MOST_ROWS)),
+            ("ROWS", shape.rows_at_once),
             ("PAGED", table is not None),
             ("MASKED", part.mask is not None),
         ]
         template += [*_constants("KEY", keys), *_constants("VALUE", values), ("KEY_SCHEME", SCHEMES[_scheme(keys)])]
-        template += [("FRAMED", keys.frame is not None), ("TURNED", bool(tables and tables.dims)), ("CAUSAL", causal)]
+        template += [("FRAMED", frame is not None), ("TURNED", bool(tables and tables.dims)), ("CAUSAL", causal)]
         template += [("DIMS", tables.dims if tables else 0), ("NEIGHBOURS", bool(tables and tables.neighbours))]
         template += [
             ("GATED", bool(gate and gate.bias is not None)),
@@ -220,7 +244,7 @@ class _Ask:
         return ATTEND(
             self.inputs,
             template=self.template,
-            grid=(SIMD * SIMDS, n, -(-rows // MOST_ROWS)),
+            grid=(SIMD * SIMDS, n, -(-rows // self.shape.rows_at_once)),
             threadgroup=(SIMD * SIMDS, 1, 1),
             output_shapes=[(n, rows, self.width), (n, rows, 2)],
             output_dtypes=[mx.float32, mx.float32],
@@ -251,7 +275,8 @@ def _merge(
     inputs = [enough(x) for ask, arrays in zip(asks, found, strict=True) for x in (*arrays, ask.firsts)]
     inputs += [_nothing(mx.int32 if i % 3 == 2 else mx.float32) for i in range(3 * len(asks), 3 * MOST_PARTS)]
     inputs.append(_flat(sinks, mx.float32))
-    template = [("T", shape.dtype), ("DV", width), ("R", rows), ("NEW", shape.n_new), ("KV_HEADS", shape.kv_heads)]
+    inputs.append(_numbers((rows, shape.n_new)))
+    template = [("T", shape.dtype), ("DV", width), ("KV_HEADS", shape.kv_heads)]
     template += [("PARTS", len(asks)), ("SINKS", sinks is not None)]
     out, totals = MERGE(
         inputs,
@@ -337,10 +362,17 @@ def _factors(*factors: float) -> mx.array:
 @lru_cache(maxsize=256)
 def _items(tiles: tuple[int, ...]) -> tuple[int, mx.array, mx.array]:
     """Stretches of tiles, head by head: how many, ``(n, 3)`` head, first and last tile, and where each head's begin."""
-    most = min(MOST_TILES, max(LEAST_TILES, -(-sum(tiles) // ITEMS)))
+    least = FEW_TILES if sum(tiles) <= FEW else LEAST_TILES
+    most = min(MOST_TILES, max(least, -(-sum(tiles) // ITEMS)))
     items = [(head, start, min(n, start + most)) for head, n in enumerate(tiles) for start in range(0, n, most)]
-    firsts = np.cumsum([0, *(-(-n // most) for n in tiles)]).astype(np.int32)
-    return len(items), _kept(enough(device(np.array(items, np.int32)))), _kept(enough(device(firsts)))
+    firsts = np.cumsum([0, *(-(-n // most) for n in tiles)])
+    return len(items), _handed(np.array(items)), _handed(firsts)
+
+
+def _handed(x: np.ndarray) -> mx.array:
+    """Integers of the host, flat and not too few; padded here, for a kernel that pads would have to be waited for."""
+    flat = x.astype(np.int32).reshape(-1)
+    return device(np.pad(flat, (0, max(0, LEAST - flat.size))))
 
 
 def _kept(x: mx.array) -> mx.array:
@@ -355,14 +387,27 @@ LIMIT = 1e-4
 
 
 def self_check() -> float:
-    """Largest difference from a float64 reference on a small case: two heads, 70 slots, float32."""
+    """Largest difference from float64 on two small cases of two heads and 70 slots: as they are, and in 4 bits."""
     random = np.random.default_rng(0)
-    queries, keys, values = (
-        random.standard_normal((1, h, n, 64)).astype(np.float32) for h, n in ((4, 1), (2, 70), (2, 70))
+    queries, *rows = (random.standard_normal((1, h, n, 64)).astype(np.float32) for h, n in ((4, 1), (2, 70), (2, 70)))
+    codec = Codec(64, bits=4, hadamard=True)
+    packed = [Rows(codec, codec.encode(device(x))) for x in rows]
+    exact = [np.array(x.decoded(mx.float32)) for x in packed]
+    plainly = Part(plain(device(rows[0])), plain(device(rows[1])))
+    return max(_difference(queries, plainly, rows), _difference(queries, Part(packed[0], packed[1]), exact))
+
+
+def _difference(queries: np.ndarray, part: Part, rows: list[np.ndarray]) -> float:
+    """Of the output and the weights, from keys and values ``(1, 2, S, D)``."""
+    out, found = attend_slots(device(queries), (part,), 0.125, weights=True)
+    keys, values = (x.astype(np.float64) for x in rows)
+    logits = queries.reshape(1, 2, 2, 64).astype(np.float64) @ keys.swapaxes(-1, -2) * 0.125
+    shares = np.exp(logits - logits.max(axis=-1, keepdims=True))
+    shares /= shares.sum(axis=-1, keepdims=True)
+    assert found is not None
+    return float(
+        max(
+            np.abs(np.array(out).reshape(1, 2, 2, 64) - shares @ values).max(),
+            np.abs(np.array(found[0])[:, :, 0, 0] - shares.mean(axis=2)).max(),
+        )
     )
-    part = Part(plain(device(keys)), plain(device(values)))
-    out, _ = attend_slots(device(queries), (part,), 0.125)
-    logits = queries.reshape(1, 2, 2, 64).astype(np.float64) @ keys.swapaxes(-1, -2).astype(np.float64) * 0.125
-    weights = np.exp(logits - logits.max(axis=-1, keepdims=True))
-    wanted = (weights / weights.sum(axis=-1, keepdims=True)) @ values
-    return float(np.abs(np.array(out).reshape(wanted.shape) - wanted).max())

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from importlib import import_module
 
@@ -55,6 +55,7 @@ class Outcome:
 
 
 _known: dict[tuple[str, str], Outcome] = {}  # by name and engine
+_proven: set[tuple[str, str, Hashable]] = set()  # variants that agreed
 _warned: set[tuple[str, str]] = set()
 _running: set[str] = set()
 _lock = threading.RLock()
@@ -88,6 +89,31 @@ def outcome(name: str) -> Outcome:
     if off := _switched_off() or ("" if engine else NO_GPU):
         return Outcome(off)
     return _known.get((name, engine)) or _first_use(name, engine)
+
+
+def refuted(name: str, variant: Hashable, run: Callable[[], float], limit: float) -> bool:
+    """Whether a variant of a kernel (its constants) is wrong where it is first used; then all of the kernel is off.
+
+    The self-check compiles one variant. Others may not compile, or need more registers than a threadgroup can have.
+
+    Args:
+        name: of the kernel.
+        variant: what it is compiled for.
+        run: runs it and its reference on what it is to be used for; returns the largest error. Called once.
+        limit: the most that it may be.
+    """
+    key = (name, launch.engine(), variant)
+    if key in _proven or name in _running:
+        return False
+    with _lock:
+        if key not in _proven:
+            found = _tried(Check(name, run, limit))
+            if found.failed:
+                _known[name, key[1]] = found
+                _warn(name, found.reason)
+                return True
+            _proven.add(key)
+    return False
 
 
 def _switched_off() -> str:

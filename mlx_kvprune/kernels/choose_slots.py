@@ -63,7 +63,17 @@ def choose_slots(
         if force:
             raise ValueError(f"[kernels] choose_slots cannot run: {reason}; try force=False")
         return reference(pool_scores, pool_positions, scores, positions)
-    return _launch(pool_scores, pool_positions, scores, positions)
+    case = (pool_scores, pool_positions, scores, positions)
+    size = max(SIMD, 1 << (scores.shape[-1] - 1).bit_length())
+    if checks.refuted("choose_slots", size, lambda: _wrong(_launch(*case), reference(*case)), LIMIT):
+        return reference(*case)
+    return _launch(*case)
+
+
+def _wrong(found: Exchange, wanted: Exchange) -> float:
+    """How many of the choices differ."""
+    pairs = zip(vars(found).values(), vars(wanted).values(), strict=True)
+    return float(sum(int((ours != theirs).sum()) for ours, theirs in pairs))
 
 
 def _launch(pool_scores: mx.array, pool_positions: mx.array, scores: mx.array, positions: mx.array) -> Exchange:
@@ -104,5 +114,4 @@ def self_check() -> float:
     scores = [device(random.standard_normal((1, 2, n)).astype(np.float32)) for n in (300, 32)]
     places = [device(random.permuted(np.tile(np.arange(n, dtype=np.int32), (1, 2, 1)), axis=-1)) for n in (300, 32)]
     case = (scores[0], places[0], scores[1], places[1] + 300)
-    pairs = zip(vars(_launch(*case)).values(), vars(reference(*case)).values(), strict=True)
-    return float(sum(int((ours != theirs).sum()) for ours, theirs in pairs))
+    return _wrong(_launch(*case), reference(*case))

@@ -164,7 +164,9 @@ class PagedPool:
 
     def part(self) -> PagedPart:
         """What attention works on."""
-        return PagedPart(self._rows_of("keys"), self._rows_of("values"), self.layout, self.mask)
+        return PagedPart(
+            self._rows_of("keys"), self._rows_of("values"), self.layout, self.mask, frame=self.format.frame
+        )
 
     # -- changes -----------------------------------------------------------------------------------------------------
 

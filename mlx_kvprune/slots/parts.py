@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from mlx_kvprune.numerics import LOG2_E
+from mlx_kvprune.quantize import Frame
 from mlx_kvprune.rope import Turning
 from mlx_kvprune.settings import PAGE
 from mlx_kvprune.slots.format import Rows, plain
@@ -59,19 +60,31 @@ class Sight:
     """How queries see slots beyond the plain product: all of it acts on logits that are not yet to the base of two.
 
     Attributes:
-        newest: position of the newest query, for ``Gate.decay`` and ``window``.
-        window: of a sliding window: a query sees the newest so many tokens, itself included; None for all. Every part then
-            needs the positions of its slots.
+        newest: position of the newest query; only ``Gate.decay`` and ``window`` need it, and they need ``Gate.positions``.
+        window: of a sliding window: a query sees the newest so many tokens, itself included; None for all.
         softcap: logits become ``softcap * tanh(logits / softcap)`` before gates are added; None for no cap.
     """
 
-    newest: int = 0
+    newest: int | None = None
     window: int | None = None
     softcap: float | None = None
 
-    def apply(self, logits: mx.array, gate: Gate | None, n_new: int) -> mx.array:
-        """Logits to the base of two ``(..., G n_new, S)`` with all of this; arrays of ``gate`` are ``(..., S)``."""
-        assert self.window is None or (gate is not None and gate.positions is not None), "a window needs positions"
+    def __post_init__(self) -> None:
+        if self.softcap is not None and self.softcap <= 0:
+            raise ValueError(f"[sight] a cap of logits must be above zero; got {self.softcap}; try 50.0, or None")
+
+    def check(self, gate: Gate | None) -> None:
+        """See that nothing of this would be ignored for want of positions."""
+        if self.window is not None or (gate is not None and gate.decay is not None):
+            assert gate is not None and gate.positions is not None, "windows and decays need the positions of slots"
+            assert self.newest is not None, "windows and decays need the position of the newest query"
+
+    def apply(self, logits: mx.array, gate: Gate | None, n_new: int = 1) -> mx.array:
+        """Logits to the base of two ``(..., R, S)`` with all of this; per-slot arrays of ``gate`` are ``(..., S)``.
+
+        Rows are query heads times ``n_new`` tokens, of which the last is the newest.
+        """
+        self.check(gate)
         if self.softcap is not None:
             cap = self.softcap * LOG2_E
             logits = cap * mx.tanh(logits / cap)
@@ -79,9 +92,9 @@ class Sight:
             return logits
         if gate.bias is not None:
             logits = logits + gate.bias[..., None, :] * LOG2_E
-        if gate.positions is None:
+        if gate.positions is None or self.newest is None:
             return logits
-        at = mx.tile(mx.arange(self.newest + 1 - n_new, self.newest + 1), logits.shape[-2] // n_new)
+        at = self.newest - (n_new - 1) + mx.arange(logits.shape[-2], dtype=mx.int32) % n_new
         age = at[:, None] - gate.positions[..., None, :]
         if gate.decay is not None:
             logits = logits + age * gate.decay[..., None, :] * LOG2_E
@@ -116,8 +129,7 @@ class Part:
         return replace(self, keys=plain(self.ranks.turned(self.keys.decoded(dtype))), ranks=None)
 
     def logits(self, queries: mx.array, sight: Sight = EVERYTHING, n_new: int = 1) -> mx.array:
-        """``(B, H_kv, R, D)`` -> ``(B, H_kv, R, S)`` float32, to the base of two as the queries are; R counts ``n_new`` tokens
-        for one query head after the other."""
+        """``(B, H_kv, R, D)`` -> ``(B, H_kv, R, S)`` float32."""
         logits = self.ready(queries.dtype).keys.scores(queries).astype(mx.float32)
         logits = sight.apply(logits, self.gate, n_new)
         return logits if self.mask is None else mx.where(self.mask, logits, -mx.inf)
@@ -192,6 +204,7 @@ class PagedPart:
         mask: ``(P, 1, PAGE)`` bool, False where a slot is empty; None if none is.
         ranks: of keys that are not rotated yet; arrays ``(P, PAGE)``.
         gate: of learned gates, arrays ``(P, PAGE)``.
+        frame: of the keys, of each head ``(B, H_kv, 1, D)``; that in ``keys`` is gathered by page when operations want it.
     """
 
     keys: Rows
@@ -200,6 +213,7 @@ class PagedPart:
     mask: mx.array | None = None
     ranks: Ranks | None = None
     gate: Gate | None = None
+    frame: Frame | None = None
 
     def ready(self, dtype: mx.Dtype) -> PagedPart:
         if self.ranks is None:

@@ -183,16 +183,17 @@ class Case:
                 used[page, random.permutation(PAGE)[: min(PAGE, n - i * PAGE)]] = True
         hot = (owner[None] == np.arange(len(counts))[:, None]).astype(np.float32)
         layout = Layout(device(owner.astype(np.uint32)), device(table), device(back), device(hot), self.batch, counts)
-        stored = []
+        stored, frames = [], []
         for codec, width in zip(self._codecs(), self._widths, strict=True):
             rows = random.standard_normal((pages, PAGE, width)).astype(np.float32)
             rows[~used] = 0 if codec.bits else POISON
             rows = device(rows).astype(self.dtype)
             frame = codec.calibrate(self._rows(random, 40, width))  # of each head, as a pool has it
+            frames.append(frame)
             if frame is not None:
                 frame = Frame(*(x.reshape(-1, 1, width)[device(owner)] for x in (frame.offset, frame.scale)))
             stored.append(Rows(codec, codec.encode(rows, frame), frame))
-        part = PagedPart(*stored, layout, None if used.all() else device(used[:, None]))
+        part = PagedPart(*stored, layout, None if used.all() else device(used[:, None]), frame=frames[0])
         if self.turned:
             ranks = random.integers(0, 400, (pages, PAGE)).astype(np.int32)
             part = replace(part, ranks=Ranks(self._turning, device(ranks), 20))

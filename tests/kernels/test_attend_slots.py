@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from metal_emulator import unavailable
 
+from mlx_kvprune.attend import View, attend, attend_ops
 from mlx_kvprune.kernels import attend_slots as module
+from mlx_kvprune.slots import Sight
 
 pytestmark = pytest.mark.skipif(bool(unavailable()), reason=unavailable() or "-")
 ROUNDING = {mx.float32: 2.0**-22, mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8}
@@ -89,6 +91,7 @@ def test_half_types(dtype, bits):
         Case(turned=True, bits=(2, 2), slots=(30, 65)),
         Case(gated=True, slots=(30, 65), n_new=2),
         Case(gated=True, softcap=5.0, sinks=True),
+        Case(window=20, n_new=2),  # an edge in the ring: a token as old as the window is not seen
         Case(window=100, n_new=3, sinks=True),
         Case(sinks=True, slots=0, ring=1),
     ],
@@ -145,6 +148,30 @@ def test_each_byte_is_read_once_for_all_query_heads(bits):
 )
 def test_any_view(slots, ring, bits, scheme, sinks, seed):
     check(Case(slots=slots, ring=ring, bits=bits, scheme=scheme, sinks=sinks, seed=seed), weights=True)
+
+
+SIGHTS = [
+    Case(gated=True, n_new=3),
+    Case(gated=True, slots=(30, 65), window=20, n_new=2),
+    Case(window=20, softcap=5.0, slots=(40, 64), bits=(4, 4), scheme="channel"),
+]
+
+
+@pytest.mark.parametrize("case", SIGHTS, ids=str)
+def test_attend_gives_the_same_by_kernel_and_by_plain_operations(case):
+    """Also with gates and windows, whose positions come with the sight."""
+    view, wanted = View(case.parts()), exact(case)[0]
+    plain = attend_ops(case.queries(), view, case.scale, sight=case.sight).out
+    with recorded() as recorder:
+        out = np.array(attend(case.queries(), view, scale=case.scale, sight=case.sight).out)
+    assert recorder.reports["attend_slots"]
+    assert np.abs(np.array(plain) - wanted).max() <= 5e-6 and np.abs(out - wanted).max() <= 5e-6
+
+
+def test_a_window_over_slots_without_positions_is_not_passed_over():
+    case = Case()
+    with pytest.raises(AssertionError, match="need the positions of slots"), recorded():
+        module.attend_slots(case.queries(), case.parts(), 1.0, sight=Sight(newest=9, window=3))
 
 
 def test_reasons():

@@ -160,6 +160,18 @@ def test_threads_check_once_and_wait_for_it(use):
     assert found == [True] * 3 and len(runs) == 1
 
 
+def test_a_variant_that_is_wrong_turns_the_kernel_off(use, monkeypatch):
+    monkeypatch.setattr(checks, "_proven", set())
+    run, good = Fake(RuntimeError("too many threads")), Fake(1e-5)
+    use(some=Fake(0.0))
+    assert checks.verdict("some") == ""
+    assert not checks.refuted("some", ("bits", 4), good, 1e-4) and not checks.refuted("some", ("bits", 4), good, 1e-4)
+    assert good.runs == 1
+    with pytest.warns(RuntimeWarning, match="kernel some is off: its self-check raised RuntimeError: too many threads"):
+        assert checks.refuted("some", ("bits", 3), run, 1e-4)
+    assert "too many threads" in checks.verdict("some")
+
+
 def test_launches_of_the_check_are_counted(use):
     def run() -> float:
         launch.launches["some"] += 2

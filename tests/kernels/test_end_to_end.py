@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from attend_cases import recorded
-from metal_emulator import unavailable
+from metal_emulator import Emulator, unavailable
 from tiny_models import tiny_model
 
 import mlx_kvprune as kvp
@@ -72,6 +72,30 @@ def test_self_checks_pass(name):
         check = checks.checks()[name]
         assert check.run() <= check.limit
     assert recorder.reports
+
+
+@pytest.mark.parametrize(
+    ("name", "bits", "settings"),
+    [("slot_mass", None, {"policy": "h2o"}), ("attend_slots", 4, {"policy": "knorm", "kv_bits": 4})],
+)
+def test_a_variant_that_does_not_compile_costs_a_warning_and_no_answer(model, monkeypatch, name, bits, settings):
+    """The self-check compiles one variant only; others fail where they are first used."""
+    monkeypatch.setattr(checks, "_proven", set())
+    monkeypatch.setattr(checks, "_warned", set())
+    wanted, emulator = logits(model, settings, n_decode=3), Emulator()
+
+    def build(**definition):
+        kernel = emulator.metal_kernel(**definition)
+
+        def call(template, **launch):
+            if definition["name"] == name and bits in (None, dict(template)["KEY_BITS"]):
+                raise RuntimeError("Unable to build metal library")
+            return kernel(template=template, **launch)
+
+        return call
+
+    with launch.stand_in(build), pytest.warns(RuntimeWarning, match="kernel attend_slots is off"):
+        assert np.abs(logits(model, settings, n_decode=3) - wanted).max() < 2e-4
 
 
 def test_the_report_says_so(model):
