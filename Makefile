@@ -1,7 +1,7 @@
 # make demo   sets everything up and asks a small model a question about a long document, inside a small cache
 # make test   sets everything up and runs the tests
 # make test-gpu   kernels on a GPU: against float64, end to end, and their share of its bandwidth (has not run yet)
-# make check  formatting, lint and types      make bench   speed against stock mlx-lm (quiet machine, 20 minutes)
+# make check  formatting, lint and types      make bench   speed and memory against stock mlx-lm (quiet machine, 10 minutes)
 #
 # Needs Python 3.11 or newer (as mlx-lm does), git, make and a C++ compiler. Everything goes into .venv and the user's cache folder.
 
@@ -38,7 +38,7 @@ check: dev
 
 bench: setup
 	@$(BIN)/mlx-kvprune pull smollm2-135m
-	$(BIN)/python -m mlx_kvprune.bench
+	$(BIN)/mlx-kvprune bench
 
 setup: $(VENV)/.setup
 dev: $(VENV)/.dev

@@ -1,5 +1,8 @@
 """``python -m mlx_kvprune.bench``: prefill, decode and bytes, ours and stock mlx-lm's, interleaved in one process.
 
+``mlx-kvprune bench`` measures more, by context, and can be resumed. This one compares stock's prefill steps, and is what
+earlier numbers were measured with.
+
 A machine's speed drifts by the minute. So all candidates read the same piece of text one after the other before any of
 them goes on to the next, and a ratio compares times of the same minute. Prints medians, spread and ratios; the last line is
 one JSON object.
@@ -17,7 +20,7 @@ from typing import Any
 
 from mlx_kvprune import attach, blas, make_cache, report  # first: the fast BLAS comes before mlx.core
 from mlx_kvprune.bench.equal import equal_length
-from mlx_kvprune.bench.variants import decode_seconds, made, spread_of, text_of
+from mlx_kvprune.bench.variants import decode_seconds, made, spread_of, text_of, text_of_length
 
 import mlx.core as mx  # isort: skip
 
@@ -57,7 +60,7 @@ def main() -> None:
 
     model, tokenizer = load(args.model, dtype="float32")
     attach(model, policy="window", budget=args.budget, quiet=True)
-    tokens = _text(tokenizer, args.tokens)
+    tokens = text_of_length(tokenizer, args.tokens)
     _say(f"{args.model} float32, {mx.default_device()}, BLAS {'fast' if blas.loaded() else 'as shipped'}")
     result: dict[str, Any] = {"model": args.model, "tokens": args.tokens, "budget": args.budget, "reps": args.reps}
     result["prefill"], caches = prefill(model, tokens, args)
@@ -161,11 +164,6 @@ def help_seconds() -> list[float]:
         times.append(time.perf_counter() - start)
     _say(f"mlx-kvprune --help: {text_of(spread_of(times), '.2f')} s")
     return spread_of(times)
-
-
-def _text(tokenizer: Any, n: int) -> list[int]:
-    words = (f"The {i}th house on the road belongs to number {i * 7919 % 10007}." for i in range(n))
-    return list(tokenizer.encode(" ".join(words)))[:n]
 
 
 def _say(line: str) -> None:
