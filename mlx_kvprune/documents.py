@@ -112,6 +112,27 @@ def settings_for(settings: CacheSettings, prompt: Prompt) -> CacheSettings:
     return settings.but(n_sink=n_sink, question=question)
 
 
+def settings_to_read(
+    model: nn.Module, settings: CacheSettings, prompt: Prompt, max_tokens: int, where: str
+) -> CacheSettings:
+    """``settings_for`` with positions decided, for a document of this length.
+
+    Args:
+        max_tokens: the longest answer.
+        where: names the verb in an error.
+
+    Raises:
+        ValueError: the text is too long, or the budget has no room for the question.
+    """
+    chosen = settings_for(placed(model, settings, prompt.n_tokens, max_tokens, where), prompt)
+    if chosen.budget.tokens is not None and settings.policy != "full" and chosen.budget.tokens < chosen.smallest_budget:
+        raise ValueError(
+            f"[{where}] the budget has no room for the question, which pins {chosen.n_sink} tokens, beside a ring of "
+            f"{chosen.ring_size}; got {chosen.budget.tokens}; try {chosen.smallest_budget + 64} or more"
+        )
+    return chosen
+
+
 def prefill(
     model: nn.Module, tokens: list[int], cache: list[Any], *, step: int = 512, progress: Progress | None = None
 ) -> None:
@@ -164,13 +185,7 @@ def read_into_cache(
     """
     assert attachment_of(model) is not None
     prompt = prompt_for(tokenizer, document, question, pinned=pinned)
-    chosen = settings_for(placed(model, settings, prompt.n_tokens, max_tokens, "ask"), prompt)
-    if chosen.budget.tokens is not None and settings.policy != "full" and chosen.budget.tokens < chosen.smallest_budget:
-        raise ValueError(
-            f"[ask] the budget has no room for the question, which pins {chosen.n_sink} tokens, beside a ring of "
-            f"{chosen.ring_size}; got {chosen.budget.tokens}; try {chosen.smallest_budget + 64} or more"
-        )
-    cache = make_from_settings(model, chosen)
+    cache = make_from_settings(model, settings_to_read(model, settings, prompt, max_tokens, "ask"))
     start = time.perf_counter()
     prefill(model, prompt.before + prompt.document, cache, step=step, progress=progress)
     return Reading(prompt, cache, time.perf_counter() - start)
