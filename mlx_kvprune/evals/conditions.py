@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_kvprune.attach import make_cache
-from mlx_kvprune.forward import leaves, pruned
+from mlx_kvprune.forward import leaves
 from mlx_kvprune.policy import POLICIES, find
+from mlx_kvprune.report import report
 from mlx_kvprune.settings import Budget
 
 CONTROLS = ("full", "window", "random")
@@ -23,13 +25,15 @@ class Condition:
     """One row of a table: a policy, its budget, the seed of what it draws. Other settings are the policy's own.
 
     Attributes:
-        more: further fields of ``CacheSettings`` by name (``kv_bits`` ...).
+        more: further fields of ``CacheSettings`` by name (``allocator``, ``kv_bits`` ...).
+        share: the budget as a fraction of the text (``1/4``), if that is how it was asked for.
     """
 
     policy: str
     budget: Budget = field(default_factory=Budget)
     seed: int = 0
     more: tuple[tuple[str, Any], ...] = ()
+    share: str = ""
 
     @property
     def is_full(self) -> bool:
@@ -42,40 +46,105 @@ class Condition:
         scorer = find(self.policy).scorer
         return scorer is not None and "question" in scorer.needs
 
-    def caches(self, model: nn.Module, question: Sequence[int] = ()) -> list[Any]:
-        """Fresh caches for one text; ``question`` (token ids) is for policies that probe with it."""
+    def settings(self, question: Sequence[int] = (), **more: Any) -> dict[str, Any]:
+        """Arguments of ``make_cache``; ``question`` (token ids) is for policies that probe with it."""
         known = {"question": tuple(question)} if self.needs_question else {}
-        return make_cache(model, self.policy, self.budget, seed=self.seed, **known, **dict(self.more))
+        named = {"policy": self.policy, "budget": self.budget, "seed": self.seed}
+        return {**named, **known, **dict(self.more), **more}
+
+    def caches(self, model: nn.Module, question: Sequence[int] = (), **more: Any) -> list[Any]:
+        """Fresh caches for one text; ``more`` are further settings."""
+        return make_cache(model, **self.settings(question, **more))
 
     def describe(self) -> dict[str, Any]:
         """The fields that name a row."""
         named = {"policy": self.policy, "allocator": "uniform", "budget": str(self.budget), "seed": self.seed}
-        return {**named, **dict(self.more)}
+        return {**named, **dict(self.more), **({"share": self.share} if self.share else {})}
 
     def __str__(self) -> str:
         more = "".join(f" {name}={value}" for name, value in self.more)
-        return self.policy if self.is_full else f"{self.policy} {self.budget}{more}"
+        share = f" ({self.share})" if self.share else ""
+        return self.policy if self.is_full else f"{self.policy} {self.budget}{share}{more}"
 
 
 FULL = Condition("full")
 
 
-def grid(policies: Iterable[str], budgets: Iterable[int | str | Budget], seed: int = 0) -> list[Condition]:
+def grid(
+    policies: Iterable[str],
+    budgets: Iterable[int | str | Budget],
+    seed: int = 0,
+    *,
+    allocators: Iterable[str] = ("uniform",),
+    bits: Iterable[int | None] = (None,),
+    length: int | None = None,
+    **more: Any,
+) -> list[Condition]:
     """``full`` once, then for every budget the controls and the ``policies``: all of them at equal slots.
+
+    The controls come along at every precision, shared out uniformly; the policies with every allocator.
 
     Args:
         policies: names, or ``all``.
-        budgets: as a user writes them.
+        budgets: as a user writes them; fractions (``1/4``) are of ``length``.
+        bits: of stored keys and values; None for the model's own type.
+        length: of the text, in tokens.
+        more: further fields of ``CacheSettings``, for all of them.
 
     Raises:
         ValueError: an unknown policy, or no budget.
     """
     named = [find(name).name for name in _expanded(policies)]
-    bounded = [name for name in dict.fromkeys((*CONTROLS, *named)) if find(name).scorer is not None]
-    parsed = list(dict.fromkeys(Budget.parse(budget) for budget in budgets))
+    bounded = [name for name in dict.fromkeys(named) if find(name).scorer is not None]
+    parsed = list(dict.fromkeys(_sized(budget, length) for budget in budgets))
     if not parsed:
         raise ValueError("[budgets] none; got an empty list; try --budgets 256")
-    return [FULL, *(Condition(name, budget, seed) for budget in parsed for name in bounded)]
+    wanted = [
+        Condition(name, budget, seed, _settings(allocator, width, more), share)
+        for budget, share in parsed
+        for width in bits
+        for allocator, names in _by_allocator(bounded, allocators)
+        for name in names
+    ]
+    return list(dict.fromkeys([FULL, *wanted]))
+
+
+def _by_allocator(policies: list[str], allocators: Iterable[str]) -> list[tuple[str, list[str]]]:
+    controls = [name for name in CONTROLS if name != "full"]
+    return [("uniform", controls), *((allocator, policies) for allocator in allocators)]
+
+
+def _settings(allocator: str, bits: int | None, more: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """What differs from the defaults, so that equal conditions are equal."""
+    named = {} if allocator == "uniform" else {"allocator": allocator}
+    return tuple({**named, **({} if bits is None else {"kv_bits": bits}), **more}.items())
+
+
+def _sized(budget: int | str | Budget, length: int | None) -> tuple[Budget, str]:
+    """A budget, and the fraction that it was written as."""
+    share = fraction(budget)
+    if share is None:
+        return Budget.parse(budget), ""
+    if length is None:
+        raise ValueError(f"[budgets] a fraction of what; got {budget!r} and no text; try a number of tokens")
+    return Budget(tokens=max(1, int(length * share))), str(share)
+
+
+def fraction(budget: int | str | Budget) -> Fraction | None:
+    """The fraction that a budget is written as (``1/4``), or None.
+
+    Raises:
+        ValueError: not between 0 and 1.
+    """
+    if not isinstance(budget, str) or "/" not in budget:
+        return None
+    try:
+        share = Fraction(budget.replace(" ", ""))
+    except (ValueError, ZeroDivisionError):
+        share = Fraction(0)
+    if not 0 < share <= 1:
+        raise ValueError(f"[budgets] not a fraction of the text; got {budget!r}; try 1/4")
+    return share
 
 
 def _expanded(policies: Iterable[str]) -> list[str]:
@@ -87,18 +156,19 @@ def possible(model: nn.Module, conditions: Iterable[Condition]) -> tuple[list[Co
     """The conditions that this model can run, and a note for each of the others.
 
     Raises:
-        ValueError: a control cannot run: the budget is too small, or the model cannot be bounded.
+        ValueError: no bounded one can run: the budgets are too small, or the model cannot be bounded.
     """
-    runnable, notes = [], []
+    runnable, notes, problem = [], [], None
     for condition in conditions:
         try:
             condition.caches(model, question=(0,))
         except ValueError as error:
-            if condition.policy in CONTROLS:
-                raise
+            problem = problem or error
             notes.append(f"{condition} skipped: {error}")
         else:
             runnable.append(condition)
+    if problem is not None and all(c.is_full for c in runnable):
+        raise problem
     return runnable, notes
 
 
@@ -110,26 +180,16 @@ def without_question(conditions: Iterable[Condition]) -> tuple[list[Condition], 
     return split[False], [f"{c} skipped: this task has no question" for c in split[True]]
 
 
+SIZES = ("slots_held", "kv_bytes", "kv_bytes_peak", "kv_bytes_full")
+
+
 def held(caches: list[Any]) -> dict[str, int]:
     """What the caches of one text hold, everything counted: ``slots_held, kv_bytes, kv_bytes_peak, kv_bytes_full``.
 
     Layers that are left alone (sliding window, recurrent) hold the same for every policy, and are not counted.
     """
-    from mlx_lm.models.cache import KVCache
-
-    bounded = pruned(caches)
-    if bounded:
-        return {
-            "slots_held": max(c.size() for c in bounded),
-            "kv_bytes": sum(c.nbytes for c in bounded),
-            "kv_bytes_peak": sum(max(c.nbytes_peak, c.nbytes) for c in bounded),
-            "kv_bytes_full": sum(c.nbytes_full for c in bounded),
-        }
-    plain = [c for c in leaves(caches) if type(c) is KVCache]
-    nbytes = sum(c.nbytes for c in plain)
-    used = sum(c.nbytes * c.offset // c.keys.shape[2] for c in plain if c.keys is not None)
-    seen = max((c.offset for c in plain), default=0)
-    return {"slots_held": seen, "kv_bytes": nbytes, "kv_bytes_peak": nbytes, "kv_bytes_full": used}
+    found = report(caches).to_dict()
+    return {name: found[name] for name in SIZES}
 
 
 def settle(caches: list[Any]) -> None:

@@ -13,7 +13,7 @@ are not independent: intervals come from resampling blocks of them.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -22,9 +22,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_kvprune.evals.conditions import CHUNK, FULL, Condition, held, settle
+from mlx_kvprune.evals.conditions import CHUNK, FULL, SIZES, Condition, held, settle
+from mlx_kvprune.evals.job import Job, Measured, Tick
+from mlx_kvprune.evals.store import Unit, by_condition, named
 
-Tick = Callable[[int], None]  # told how many tokens went through the model
+GROUP = 6  # conditions that are read together: what is lost if a run is killed
+MEASURES = ("kl", "nll_change", "agreement")
 BLOCK = 32  # tokens that are resampled together
 FIRST_BIN = 256
 
@@ -52,9 +55,56 @@ def run(
     ]
 
 
-def work(n_tokens: int, conditions: Sequence[Condition]) -> int:
-    """How many tokens ``run`` sends through the model."""
-    return n_tokens * len({FULL, *conditions})
+def measure(job: Job, tokens: Sequence[int], conditions: Sequence[Condition], tick: Tick) -> Measured:
+    """A result for each condition; ``GROUP`` of them share one reading of the full cache."""
+    for group in batched(conditions, GROUP):
+        for condition, one in trace(job.model, tokens, group, tick=tick).items():
+            half = len(tokens) // 2
+            result = {"tokens": len(tokens), **summary(one, half, job.seed), **one.held, "blocks": blocks(one, half)}
+            yield condition, result
+
+
+def batched(conditions: Sequence[Condition], size: int) -> list[list[Condition]]:
+    """The conditions in groups of ``size``; the full cache in one of its own, for it is read with each group anyway."""
+    full, others = ([c for c in conditions if c.is_full is is_full] for is_full in (True, False))
+    groups = [others[i : i + size] for i in range(0, len(others), size)]
+    return [[*full, *groups[0]], *groups[1:]] if groups else [full][: len(full)]
+
+
+def blocks(one: Trace, start: int) -> dict[str, list[float]]:
+    """Means of whole blocks of ``BLOCK`` neighbouring predictions from ``start`` on: what texts are pooled by."""
+    n = (len(one.kl) - start) // BLOCK * BLOCK
+    cut = lambda x: [float(v) for v in x[start : start + n].reshape(-1, BLOCK).mean(axis=1)]
+    return {"kl": cut(one.kl), "nll_change": cut(one.nll - one.nll_full), "agreement": cut(one.agrees)}
+
+
+def rows(units: Sequence[Unit]) -> list[dict[str, Any]]:
+    """One row per condition; several texts are pooled, their blocks resampled together."""
+    return [
+        {"task": "fidelity", **named(some[0]), **_pooled([unit["result"] for unit in some])}
+        for some in by_condition(units)
+    ]
+
+
+def _pooled(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    row = {name: value for name, value in results[0].items() if name != "blocks"}
+    if len(results) == 1:
+        return row
+    for name in MEASURES:
+        x = np.concatenate([result["blocks"][name] for result in results])
+        low, high = bootstrap_interval(x, block=1)
+        row |= {name: _mean(x), f"{name}_low": low, f"{name}_high": high}
+    row |= {name: _mean(np.array([result[name] for result in results])) for name in ("nll", "nll_full")}
+    near = zip(*(result["by_distance"] for result in results), strict=True)
+    row["by_distance"] = [{name: _mean(np.array([x[name] for x in some])) for name in some[0]} for some in near]
+    sizes = {name: max(result[name] for result in results) for name in SIZES}
+    return {**row, "texts": len(results), **sizes}
+
+
+def work(n_tokens: int, conditions: Sequence[Condition], group: int = 1 << 30) -> int:
+    """How many tokens ``run`` sends through the model, or ``measure`` with groups of ``GROUP``."""
+    bounded = sum(not c.is_full for c in set(conditions))
+    return n_tokens * (bounded + max(1, math.ceil(bounded / group)))
 
 
 def trace(
@@ -126,10 +176,17 @@ def summary(one: Trace, start: int, seed: int = 0) -> dict[str, Any]:
     for name, x in measures.items():
         low, high = bootstrap_interval(x[tail], seed=seed)
         row |= {name: _mean(x[tail]), f"{name}_low": low, f"{name}_high": high}
-    row["by_distance"] = [
-        {"from": a, "to": b, **{name: _mean(x[a:b]) for name, x in measures.items()}} for a, b in bins(len(one.kl))
-    ]
+    row["by_distance"] = [_near(measures, a, b, seed) for a, b in bins(len(one.kl))]
     return row
+
+
+def _near(measures: dict[str, np.ndarray], a: int, b: int, seed: int) -> dict[str, Any]:
+    """Means and intervals of the predictions made at positions ``a`` to ``b``."""
+    found: dict[str, Any] = {"from": a, "to": b}
+    for name, x in measures.items():
+        low, high = bootstrap_interval(x[a:b], seed=seed)
+        found |= {name: _mean(x[a:b]), f"{name}_low": low, f"{name}_high": high}
+    return found
 
 
 def bins(n: int, first: int = FIRST_BIN) -> list[tuple[int, int]]:

@@ -22,8 +22,10 @@ import numpy as np
 
 from mlx_kvprune.attach import make_cache
 from mlx_kvprune.cache import PrunedKVCache
-from mlx_kvprune.evals.conditions import CHUNK, Condition, held, settle
-from mlx_kvprune.evals.fidelity import Tick
+from mlx_kvprune.evals.conditions import CHUNK, SIZES, Condition, held, settle
+from mlx_kvprune.evals.fidelity import GROUP, batched
+from mlx_kvprune.evals.job import Job, Measured, Tick
+from mlx_kvprune.evals.store import Unit, by_condition, named
 from mlx_kvprune.forward import pruned
 from mlx_kvprune.scorers.base import Held, Scorer, Seen, State, attention_of
 
@@ -52,17 +54,50 @@ def run(
     tick: Tick | None = None,
 ) -> list[dict[str, Any]]:
     """One row per condition: the mean regret of ``samples`` queries of the second half, by age and by layer."""
+    found = _results(model, tokens, conditions, seed, samples, tick)
+    return [{"task": "regret", **condition.describe(), **result} for condition, result in found]
+
+
+def measure(job: Job, tokens: Sequence[int], conditions: Sequence[Condition], tick: Tick) -> Measured:
+    """A result for each condition; ``GROUP`` of them share one reading of the full cache."""
+    for group in batched(conditions, GROUP):
+        yield from _results(job.model, tokens, group, job.seed, SAMPLES, tick)
+
+
+def rows(units: Sequence[Unit]) -> list[dict[str, Any]]:
+    """One row per condition; several texts are averaged."""
+    return [
+        {"task": "regret", **named(some[0]), **_mean([unit["result"] for unit in some])} for some in by_condition(units)
+    ]
+
+
+def _mean(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    if len(results) == 1:
+        return results[0]
+    by_layer = np.mean([result["by_layer"] for result in results], axis=0)
+    ages = zip(*(result["by_age"] for result in results), strict=True)
+    by_age = [{"from": some[0]["from"], "regret": float(np.mean([x["regret"] for x in some]))} for some in ages]
+    means = {"regret": float(by_layer.mean()), "by_age": by_age, "by_layer": by_layer.tolist()}
+    sizes = {name: max(result[name] for result in results) for name in SIZES}
+    return {**results[0], **means, "worst_layer": int(by_layer.argmax()), "texts": len(results), **sizes}
+
+
+def _results(
+    model: nn.Module, tokens: Sequence[int], conditions: Sequence[Condition], seed: int, samples: int, tick: Tick | None
+) -> list[tuple[Condition, dict[str, Any]]]:
     everything, lost, sizes = recording(model), [], []
     for condition in conditions:
         caches = condition.caches(model)
         lost.append(evictions(model, tokens, caches, tick))
         sizes.append(held(caches))
-    totals = measure(model, tokens, lost, sampled(len(tokens), samples, seed), everything, tick=tick)
-    rows = []
-    for condition, total, size in zip(conditions, totals, sizes, strict=True):
-        size = _full_size(everything) if condition.is_full else size
-        rows.append({"task": "regret", **condition.describe(), "tokens": len(tokens), **summary(total), **size})
-    return rows
+    totals = measured(model, tokens, lost, sampled(len(tokens), samples, seed), everything, tick=tick)
+    return [
+        (
+            condition,
+            {"tokens": len(tokens), **summary(total), **(_full_size(everything) if condition.is_full else size)},
+        )
+        for condition, total, size in zip(conditions, totals, sizes, strict=True)
+    ]
 
 
 def _full_size(everything: list[Any]) -> dict[str, int]:
@@ -71,9 +106,10 @@ def _full_size(everything: list[Any]) -> dict[str, int]:
     return {**size, "kv_bytes": size["kv_bytes_full"], "kv_bytes_peak": size["kv_bytes_full"]}
 
 
-def work(n_tokens: int, conditions: Sequence[Condition]) -> int:
-    """How many tokens ``run`` sends through the model."""
-    return n_tokens * (sum(not c.is_full for c in conditions) + 1)
+def work(n_tokens: int, conditions: Sequence[Condition], group: int = 1 << 30) -> int:
+    """How many tokens ``run`` sends through the model, or ``measure`` with groups of ``GROUP``."""
+    bounded = sum(not c.is_full for c in conditions)
+    return n_tokens * (bounded + max(1, -(-bounded // group)))
 
 
 def sampled(n_tokens: int, samples: int, seed: int) -> np.ndarray:
@@ -118,7 +154,7 @@ def _is_held(cache: PrunedKVCache, n_tokens: int) -> np.ndarray:
     return now[..., :n_tokens]
 
 
-def measure(
+def measured(
     model: nn.Module,
     tokens: Sequence[int],
     lost: Sequence[np.ndarray],

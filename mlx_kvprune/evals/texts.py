@@ -6,30 +6,52 @@ import gzip
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[.!?][\"'\u201d\u2019])\s+|\n\s*\n")
 SUFFIXES = (".txt", ".md", ".jsonl")
+TEXT_FIELDS = ("context", "text", "document", "passage", "prompt", "content")  # LongBench has ``context``, as SQuAD
+QUESTION_FIELDS = ("input", "question", "query")
+ANSWER_FIELDS = ("answers", "answer", "outputs", "target", "output")  # RULER has ``outputs``
 CHARS_PER_TOKEN = 8  # more than natural text has: how much is cut off before it is tokenized
 
 
+@dataclass(frozen=True)
+class Document:
+    """A text, its name, and a question about it with its possible answers if the data have one."""
+
+    text: str
+    name: str = ""
+    question: str = ""
+    answers: tuple[str, ...] = ()
+
+
 def documents(path: str | Path | None = None) -> list[str]:
-    """The texts of a file: ``.txt`` and ``.md`` hold one, ``.jsonl`` one a line in its field ``text``; also ``.gz``.
+    """The texts of one file, as ``loaded`` reads it."""
+    return [document.text for document in loaded([] if path is None else [path])]
+
+
+def loaded(paths: Sequence[str | Path] = ()) -> list[Document]:
+    """The documents of files: ``.txt`` and ``.md`` hold one, ``.jsonl`` one a line (see ``TEXT_FIELDS``); also ``.gz``.
 
     Args:
-        path: the file; None for the document that the repository ships.
+        paths: the files; none for the document that the repository ships.
 
     Raises:
         ValueError: no such file, another kind of file, or no text in it.
     """
-    path = shipped() if path is None else Path(path).expanduser()
-    kind = Path(path.name.removesuffix(".gz")).suffix
-    if kind not in SUFFIXES:
+    return [document for path in (paths or [shipped()]) for document in _of_file(Path(path).expanduser())]
+
+
+def _of_file(path: Path) -> list[Document]:
+    name = path.name.removesuffix(".gz")
+    if Path(name).suffix not in SUFFIXES:
         raise ValueError(f"[data] not a known kind of text; got {path.name!r}; try {', '.join(SUFFIXES)} (or .gz)")
     content = _read(path)
-    found = _lines(path, content) if kind == ".jsonl" else [content]
-    found = [text for text in found if text.strip()]
+    found = _lines(path, content) if name.endswith(".jsonl") else [Document(content, Path(name).stem)]
+    found = [document for document in found if document.text.strip()]
     if not found:
         raise ValueError(f"[data] no text in it; got {path}; try a file with some pages of text")
     return found
@@ -60,18 +82,29 @@ def _read(path: Path) -> str:
         raise ValueError(f"[data] cannot read {path}; got {problem}; try another --data") from error
 
 
-def _lines(path: Path, content: str) -> list[str]:
-    return [_text_of(path, i, line) for i, line in enumerate(content.splitlines(), 1) if line.strip()]
+def _lines(path: Path, content: str) -> list[Document]:
+    return [_document(path, i, line) for i, line in enumerate(content.splitlines(), 1) if line.strip()]
 
 
-def _text_of(path: Path, number: int, line: str) -> str:
+def _document(path: Path, number: int, line: str) -> Document:
+    """A line's document, whatever benchmark it is from."""
     try:
-        text = json.loads(line)["text"]
-    except (ValueError, KeyError, TypeError):
-        text = None
-    if not isinstance(text, str):
-        raise ValueError(f"[data] no JSON object with a field text; got line {number} of {path}; try one a line")
-    return text
+        fields = json.loads(line)
+        text = next(fields[name] for name in TEXT_FIELDS if isinstance(fields.get(name), str))
+    except (ValueError, AttributeError, StopIteration):
+        raise ValueError(
+            f"[data] no JSON object with a text in {', '.join(TEXT_FIELDS)}; got line {number} of {path}; try one a line"
+        ) from None
+    asked = next((fields[name] for name in QUESTION_FIELDS if isinstance(fields.get(name), str)), "")
+    given = next((fields[name] for name in ANSWER_FIELDS if fields.get(name)), ())
+    return Document(text, Path(path.name.removesuffix(".gz")).stem, asked, _answers(given))
+
+
+def _answers(given: Any) -> tuple[str, ...]:
+    """Answers as the benchmarks write them: a text, a list of texts, or SQuAD's ``{"text": [...]}``."""
+    given = given.get("text", ()) if isinstance(given, dict) else given
+    listed = [given] if isinstance(given, str | int | float) else list(given)
+    return tuple(str(x) for x in listed if isinstance(x, str | int | float) and str(x).strip())
 
 
 def excerpt(tokenizer: Any, texts: Sequence[str], n: int) -> list[int]:
@@ -80,13 +113,29 @@ def excerpt(tokenizer: Any, texts: Sequence[str], n: int) -> list[int]:
     Raises:
         ValueError: none has.
     """
-    longest = 0
-    for text in texts:
-        tokens = tokenizer.encode(text[: CHARS_PER_TOKEN * n])
-        if len(tokens) >= n:
-            return list(tokens[:n])
-        longest = max(longest, len(tokens))
-    raise ValueError(f"[data] no text of {n} tokens; got {longest} at most; try --tokens {longest}, or a longer --data")
+    return excerpts(tokenizer, texts, n, 1)[0]
+
+
+def excerpts(tokenizer: Any, texts: Sequence[str], n: int, count: int) -> list[list[int]]:
+    """``count`` excerpts of ``n`` tokens: the first of every text, then the second of every text, and so on.
+
+    Raises:
+        ValueError: there are not as many.
+    """
+    tokens = [list(tokenizer.encode(text[: CHARS_PER_TOKEN * n * count])) for text in texts]
+    longest = max(map(len, tokens), default=0)
+    found = [
+        one[start : start + n] for start in range(0, longest - n + 1, n) for one in tokens if len(one) >= start + n
+    ]
+    if len(found) >= count:
+        return found[:count]
+    if not found:
+        raise ValueError(
+            f"[data] no text of {n} tokens; got {longest} at most; try --tokens {longest}, or a longer --data"
+        )
+    raise ValueError(
+        f"[data] no {count} texts of {n} tokens; got {len(found)}; try --texts {len(found)}, or more --data"
+    )
 
 
 def sentences(texts: Sequence[str], most_chars: int) -> list[str]:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -15,6 +18,8 @@ from typer.testing import CliRunner
 from mlx_kvprune import detach
 from mlx_kvprune.cli import eval as verb
 from mlx_kvprune.cli.options import ModelOptions
+from mlx_kvprune.evals import presets
+from mlx_kvprune.evals.tasks import named
 
 
 @pytest.fixture
@@ -30,9 +35,10 @@ def run(tmp_path, monkeypatch):
     detach(model)
 
 
-def test_all_tasks_as_json_markdown_and_rows(run, tmp_path):
-    out = tmp_path / "rows.jsonl"
-    done = run("--policies", "snapkv,probe", "--budgets", "224", "--json", "--markdown", "--out", str(out))
+def test_tasks_as_json_markdown_rows_and_a_picture(run, tmp_path):
+    out, picture = tmp_path / "rows.jsonl", tmp_path / "kl.png"
+    args = ("--policies", "snapkv,probe", "--budgets", "224", "--json", "--markdown", "--out", str(out))
+    done = run(*args, "--plot", str(picture))
     assert done.exit_code == 0, done.output
     assert done.stdout.count("\n") == 1
     fields = json.loads(done.stdout)
@@ -40,10 +46,83 @@ def test_all_tasks_as_json_markdown_and_rows(run, tmp_path):
         (task, policy) for task in ("fidelity", "regret") for policy in ("full", "window", "random", "snapkv")
     ]
     assert {row["policy"] for row in fields["rows"] if row["task"] == "needles"} >= {"full", "probe"}
-    assert [json.loads(line) for line in out.read_text().splitlines()] == fields["rows"]
+    first, *units = [json.loads(line) for line in out.read_text().splitlines()]
+    assert set(first["run"]) == {"command", "date", "machine", "versions"}
+    assert len(units) == 4 + 4 + 2 * 5
     assert [note[:18] for note in fields["notes"]] == ["fidelity: probe 22", "regret: probe 224 "]
-    for text in ("**fidelity**", "**needles**", "**regret**", "| full | unbounded |", "does not count"):
+    for text in ("**fidelity**", "**needles (dilution-bound", "**regret**", "| full | unbounded |", "does not count"):
         assert text in done.stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    again = run(*args)
+    assert json.loads(again.stdout)["rows"] == fields["rows"]
+    assert len(out.read_text().splitlines()) == 1 + len(units)
+
+
+def test_fractions_allocators_and_bits(run):
+    done = run("--tasks", "fidelity", "--policies", "knorm", "--budgets", "1/2", "--allocators", "uniform,global",
+               "--kv-bits", "none,4", "--json")  # fmt: skip
+    assert done.exit_code == 0, done.output
+    rows = json.loads(done.stdout)["rows"]
+    assert [(row["policy"], row["allocator"], row.get("kv_bits")) for row in rows] == [
+        ("full", "uniform", None),
+        ("window", "uniform", None),
+        ("random", "uniform", None),
+        ("knorm", "uniform", None),
+        ("knorm", "global", None),
+        ("window", "uniform", 4),
+        ("random", "uniform", 4),
+        ("knorm", "uniform", 4),
+        ("knorm", "global", 4),
+    ]
+    assert rows[0]["budget"] == "unbounded"
+    assert {int(row["budget"]) > 200 for row in rows[5:]} == {True}  # in fewer bits more slots fit
+    assert {int(row["budget"]) <= 150 for row in rows[1:5]} == {True}
+    assert all(row["share"] == "1/2" for row in rows[1:])
+
+
+KILLED = """
+import os, sys, signal
+import mlx_kvprune
+sys.path[:0] = {paths!r}
+from test_needles import TEXTS, Bytes
+from tiny_models import tiny_model
+import typer
+from mlx_kvprune.cli import eval as verb
+from mlx_kvprune.evals.store import Store
+verb.load = lambda options: (tiny_model("llama"), Bytes())
+add, most = Store.add, int(sys.argv.pop(1))
+def counted(self, unit):
+    add(self, unit)
+    if len(self.units) == most:
+        os.kill(os.getpid(), signal.SIGKILL)
+Store.add = counted
+app = typer.Typer()
+app.command()(verb.eval_)
+app()
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no SIGKILL")
+def test_a_run_killed_by_the_system_goes_on(run, tmp_path):
+    args = ["--tokens", "200", "--trials", "2", "--tasks", "fidelity,needles", "--budgets", "128", "--json"]
+    out = tmp_path / "killed.jsonl"
+    here, data = Path(__file__).parent, ["--data", str(tmp_path / "text.txt")]
+    program = KILLED.format(paths=[str(here), str(here.parent)])
+    done = subprocess.run([sys.executable, "-c", program, "6", *args, *data, "--out", str(out)], check=False)
+    assert done.returncode == -9
+    assert len(out.read_text().splitlines()) == 1 + 6
+    whole, resumed = run(*args), run(*args, "--out", str(out))
+    assert json.loads(resumed.stdout)["rows"] == json.loads(whole.stdout)["rows"]
+    assert len(out.read_text().splitlines()) == 2 + 4 + 2 * 4
+
+
+def test_presets_and_what_goes_before_them():
+    quick = presets.chosen("quick", tokens=500, tasks=None)
+    assert (quick["tokens"], quick["haystack"], quick["budgets"]) == (500, 1024, "1/4,1/8")
+    assert presets.chosen("")["haystack"] == presets.DEFAULTS["tokens"] // 2
+    assert presets.chosen("standard")["policies"] == "all"
+    with pytest.raises(ValueError, match="try one of: quick, standard, frontier"):
+        presets.chosen("huge")
 
 
 def test_markdown_tables_are_rectangular(run):
@@ -73,6 +152,13 @@ def test_a_drawn_table(run):
         (["--budgets", "many"], "[budget] not a budget"),
         (["--budgets", ""], "[budgets] none"),
         (["--budgets", "32"], "[budget] too small"),
+        (["--budgets", "3/2"], "[budgets] not a fraction"),
+        (["--budgets", "1/64"], "[budget]"),
+        (["--allocators", "globl"], "[allocators] not known"),
+        (["--kv-bits", "7"], "[kv-bits] not known"),
+        (["--equal", "time"], "[equal] not known"),
+        (["--grid", "huge"], "[grid] not known"),
+        (["--tasks", "qa"], "[qa] no questions in the data"),
         (["--tokens", "9999"], "trained context"),
         (["--data", "/nowhere.txt"], "[data] cannot read"),
     ],
@@ -88,9 +174,9 @@ def test_wrong_input_is_one_line(run, args, problem):
 def test_smollm2_smoke():
     """The embedded model: a roomy cache is the full one, a tight one is not, and the needle is found in full."""
     options = ModelOptions("smollm2-135m")
-    job, notes = verb.prepare(options, [], ["128"], None, tokens=320, trials=1, seed=0)
-    rows, more = verb.run_tasks(["fidelity", "needles", "regret"], job)
-    assert not notes + more
+    job = verb.prepare(options, presets.chosen("", policies="", budgets="128", tokens=320, trials=1), [], seed=0)
+    rows, notes = verb.run_tasks(named(["fidelity", "needles", "regret"]), job)
+    assert not notes
     by = {(row["task"], row["policy"], row.get("wording")): row for row in rows}
     assert by["fidelity", "full", None]["kl"] == 0.0
     assert 0.01 < by["fidelity", "window", None]["kl"] < 2

@@ -94,6 +94,24 @@ def test_means_are_over_the_second_half_and_by_distance():
     ]
 
 
+def test_blocks_are_means_of_neighbours_from_the_start_that_is_named():
+    ramp = np.arange(1000, dtype=float)
+    trace = fidelity.Trace(kl=ramp, nll=ramp + 1, nll_full=ramp, agrees=np.ones(1000), held={})
+    got = fidelity.blocks(trace, 500)
+    assert len(got["kl"]) == 500 // fidelity.BLOCK
+    assert (got["kl"][0], got["kl"][1]) == (515.5, 547.5)
+    assert set(got["nll_change"]) == set(got["agreement"]) == {1.0}
+
+
+def test_conditions_are_read_in_groups_that_cover_them():
+    conditions = [FULL, *(Condition("window", Budget(100 + i)) for i in range(8))]
+    groups = fidelity.batched(conditions, 3)
+    assert [len(group) for group in groups] == [4, 3, 2]
+    assert [c for group in groups for c in group] == conditions
+    assert fidelity.batched([FULL], 3) == [[FULL]]
+    assert fidelity.batched([], 3) == []
+
+
 def test_the_interval_of_independent_values_has_the_known_width():
     x = np.random.default_rng(1).normal(size=4000)
     for block in (1, 32):

@@ -12,8 +12,8 @@ import pytest
 from tiny_models import VOCAB, tiny_model
 
 from mlx_kvprune import detach
-from mlx_kvprune.evals import needles
-from mlx_kvprune.evals.conditions import FULL, Condition, feed, grid
+from mlx_kvprune.evals import asking, needles
+from mlx_kvprune.evals.conditions import FULL, Condition, feed
 from mlx_kvprune.settings import Budget
 
 
@@ -24,6 +24,9 @@ class Bytes:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [b % VOCAB for b in text.encode()]
+
+    def decode(self, tokens: list[int]) -> str:
+        return bytes(97 + token % 26 for token in tokens).decode()
 
 
 TEXTS = [" ".join(f"Sentence {i} of this text speaks of the weather." for i in range(60))]
@@ -80,23 +83,23 @@ def test_only_the_paraphrase_avoids_the_needles_words():
 
 
 def test_prompts_with_and_without_a_chat_template():
-    assert bytes(needles.prompt(Bytes(), "Text.", "Why?", "Because")) == b"Text.\n\nWhy?\nBecause"
+    assert bytes(asking.prompt(Bytes(), "Text.", "Why?", "Because")) == b"Text.\n\nWhy?\nBecause"
     chat = SimpleNamespace(
         chat_template="yes",
         apply_chat_template=lambda messages, **_: f"<user>{messages[0]['content']}<assistant>",
         encode=lambda text, add_special_tokens: [text, add_special_tokens],
     )
-    assert needles.prompt(chat, "Text.", "Why?", "Because") == ["<user>Text.\n\nWhy?<assistant>Because", False]
+    assert asking.prompt(chat, "Text.", "Why?", "Because") == ["<user>Text.\n\nWhy?<assistant>Because", False]
 
 
 def test_scoring():
     logits = mx.log(mx.array([[0.7, 0.2, 0.1], [0.1, 0.6, 0.3], [0.2, 0.5, 0.3]]))
-    good, bad = needles.score(logits, [0, 1, 1]), needles.score(logits, [0, 1, 2])
+    good, bad = asking.score(logits, [0, 1, 1]), asking.score(logits, [0, 1, 2])
     assert (good["exact"], good["right"]) == (True, 3)
     assert (bad["exact"], bad["right"]) == (False, 2)
     assert good["logprob"] == pytest.approx(np.log(0.7 * 0.6 * 0.5), abs=1e-5)
     assert bad["logprob"] == pytest.approx(np.log(0.7 * 0.6 * 0.3), abs=1e-5)
-    assert needles.score(logits, [1, 1, 1])["right"] == 0
+    assert asking.score(logits, [1, 1, 1])["right"] == 0
 
 
 @pytest.mark.parametrize(
@@ -109,48 +112,25 @@ def test_exact_is_what_greedy_decoding_says(model, condition):
     for _ in range(5):
         token = model(mx.array([[token]]), cache=decoding)[0, -1].argmax().item()
         said.append(token)
-    assert needles.forced(model, prompt, said, condition.caches(model))["exact"]
+    assert asking.forced(model, prompt, said, condition.caches(model))["exact"]
     wrong = [*said[:3], (said[3] + 1) % VOCAB, said[4]]
-    outcome = needles.forced(model, prompt, wrong, condition.caches(model))
+    outcome = asking.forced(model, prompt, wrong, condition.caches(model))
     assert (outcome["exact"], outcome["right"]) == (False, 3)
 
 
 @pytest.mark.parametrize("condition", [FULL, Condition("window", Budget(128)), Condition("h2o", Budget(128))], ids=str)
 def test_sharing_the_read_changes_nothing(model, condition):
     trial = needles.trials(Bytes(), TEXTS, 1, 400)[0]
-    together = needles.ask(model, Bytes(), trial, condition)
+    together = asking.outcomes(model, Bytes(), trial.text, trial.asks, condition)
     for wording, outcome in zip(needles.WORDINGS, together, strict=True):
-        ids = needles.prompt(Bytes(), trial.text, trial.fill(wording.question), trial.fill(wording.opening))
+        ids = asking.prompt(Bytes(), trial.text, trial.fill(wording.question), trial.fill(wording.opening))
         answer = Bytes().encode(" " + trial.secret)
-        alone = needles.forced(model, ids, answer, condition.caches(model))
+        alone = asking.forced(model, ids, answer, condition.caches(model))
         assert outcome["prompt_tokens"] == len(ids)
         assert outcome["logprob"] == pytest.approx(alone["logprob"], abs=1e-3)
 
 
 def test_the_common_start_leaves_a_token_of_each():
-    assert needles._shared([[1, 2, 3, 4], [1, 2, 5]]) == 2
-    assert needles._shared([[1, 2, 3], [1, 2, 3]]) == 2
-    assert needles._shared([[1, 2], [1, 2, 3]]) == 1
-
-
-def test_rows_of_all_conditions_and_wordings(model):
-    ticks = []
-    conditions = grid(["probe"], [224])
-    rows = needles.run(model, Bytes(), TEXTS, conditions, n_trials=2, n_tokens=300, tick=ticks.append)
-    assert [(row["policy"], row["wording"]) for row in rows] == [
-        (policy, wording) for policy in ("full", "window", "random", "probe") for wording in ("verbatim", "paraphrased")
-    ]
-    assert all(row["trials"] == len(row["outcomes"]) == 2 for row in rows)
-    assert sum(ticks) == needles.work(2, 300, conditions)
-    assert all(row["exact_full"] == 0 and not row["counts"] for row in rows)  # a random model finds nothing
-
-
-def test_a_wording_counts_from_eighty_percent():
-    outcome = lambda exact: {"exact": exact, "logprob": -1.0, "prompt_tokens": 9, **dict.fromkeys(SIZES, 1)}
-    for solved, counts in ((7, False), (8, True)):
-        full = [outcome(i < solved) for i in range(10)]
-        row = needles._row(Condition("window", Budget(128)), "verbatim", [outcome(False)] * 10, full)
-        assert (row["exact"], row["exact_full"], row["counts"]) == (0, solved, counts)
-
-
-SIZES = ("slots_held", "kv_bytes", "kv_bytes_peak", "kv_bytes_full")
+    assert asking.shared([[1, 2, 3, 4], [1, 2, 5]]) == 2
+    assert asking.shared([[1, 2, 3], [1, 2, 3]]) == 2
+    assert asking.shared([[1, 2], [1, 2, 3]]) == 1

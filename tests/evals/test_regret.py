@@ -79,7 +79,7 @@ def test_evictions_of_the_window_are_the_rule(model):
 
 def test_regret_is_the_brute_force_sum(model):
     lost = regret.evictions(model, TEXT, Condition("window", Budget(BUDGET)).caches(model))
-    (got,) = regret.measure(model, TEXT, [lost], ASKED, regret.recording(model), chunk=200)
+    (got,) = regret.measured(model, TEXT, [lost], ASKED, regret.recording(model), chunk=200)
     expected = brute_force(plain_attention(model), window_evictions())
     assert (expected > 0.01).all()  # every age is there
     np.testing.assert_allclose(got, expected, rtol=1e-3, atol=1e-6)

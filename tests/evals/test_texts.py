@@ -66,3 +66,33 @@ def test_sentences():
     found = texts.sentences(['One  two.\nThree "four!" Five\n\nSix', "Seven?  Eight."], 1000)
     assert found == ["One two.", 'Three "four!"', "Five", "Six", "Seven?", "Eight."]
     assert texts.sentences(["One. Two. Three."], 8) == ["One.", "Two."]
+
+
+def test_benchmarks_are_read_as_they_are(tmp_path):
+    lines = [
+        {"context": "A text.", "input": "Who?", "answers": ["Ann", "Anna"], "length": 2},  # LongBench
+        {"context": "B text.", "question": "Where?", "answers": {"text": ["here"], "answer_start": [0]}},  # SQuAD
+        {"input": "What?", "context": "C text.", "outputs": ["48213"]},  # RULER
+        {"document": "D text.", "query": "When?", "answer": 1912},
+        {"text": "E text."},
+    ]
+    path = tmp_path / "bench.jsonl.gz"
+    path.write_bytes(gzip.compress("\n".join(map(json.dumps, lines)).encode()))
+    (tmp_path / "plain.txt").write_text("F text.")
+    found = texts.loaded([path, tmp_path / "plain.txt"])
+    assert [(d.text[0], d.question, d.answers) for d in found] == [
+        ("A", "Who?", ("Ann", "Anna")),
+        ("B", "Where?", ("here",)),
+        ("C", "What?", ("48213",)),
+        ("D", "When?", ("1912",)),
+        ("E", "", ()),
+        ("F", "", ()),
+    ]
+    assert [d.name for d in found] == ["bench"] * 5 + ["plain"]
+
+
+def test_excerpts_take_every_text_in_turn():
+    got = texts.excerpts(WORDS, ["a b c d", "e f", "g h i"], 2, 4)
+    assert got == [["a", "b"], ["e", "f"], ["g", "h"], ["c", "d"]]
+    with pytest.raises(ValueError, match="got 4; try --texts 4"):
+        texts.excerpts(WORDS, ["a b c d", "e f", "g h i"], 2, 5)

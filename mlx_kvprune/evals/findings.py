@@ -1,0 +1,103 @@
+"""What the rows of one model say: the best policy and allocator at each budget, and how far it is from the full cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+
+from mlx_kvprune.evals.conditions import CONTROLS
+from mlx_kvprune.evals.frontier import label
+from mlx_kvprune.evals.tables import fixed, interval
+
+Row = dict[str, Any]
+ASKED = {"1/4": 0.95, "1/8": 0.90, "1/16": 0.75}  # of what the full cache answers, ``ask`` is to answer so much
+
+
+def findings(rows: Sequence[Row]) -> list[str]:
+    """Sentences in Markdown; empty if no row was measured at a fraction of the text."""
+    bounded = [row for row in rows if row["policy"] != "full" and row.get("share")]
+    shares = sorted({row["share"] for row in bounded}, key=Fraction, reverse=True)
+    found = []
+    for share in shares:
+        mine = [row for row in bounded if row["share"] == share]
+        found += [*_predictions(share, mine), *_answers(share, mine), *_asked(share, mine)]
+    return [*found, *_not_counted(rows)]
+
+
+def _predictions(share: str, rows: Sequence[Row]) -> Iterator[str]:
+    """Of each length of text: the least KL, and whether it is told apart from ``window``."""
+    for tokens in sorted({row["tokens"] for row in rows if row["task"] == "fidelity"}):
+        mine = [row for row in rows if row["task"] == "fidelity" and row["tokens"] == tokens]
+        named = [row for row in mine if row["policy"] not in CONTROLS]
+        if not named:
+            continue
+        best = min(named, key=lambda row: row["kl"])
+        text = f"**{share}** of {tokens:,} tokens, predictions: `{label(best)}`, "
+        text += f"KL {interval(best, 'kl', '.3f')} nats from full, NLL {interval(best, 'nll_change', '+.3f')}"
+        window = _window(mine)
+        yield text + (f"; {_against(best, window)}" if window else "")
+
+
+def _window(rows: Sequence[Row]) -> Row | None:
+    """The control, in the model's own type."""
+    return next((row for row in rows if row["policy"] == "window" and label(row) == "window"), None)
+
+
+def _against(best: Row, window: Row) -> str:
+    apart = "intervals apart" if best["kl_high"] < window["kl_low"] else "intervals overlap"
+    better = "" if best["kl"] < window["kl"] else "**no better than** "
+    return f"{better}`window` {interval(window, 'kl', '.3f')} ({apart})"
+
+
+def _answers(share: str, rows: Sequence[Row]) -> Iterator[str]:
+    """Of each task and wording that counts: the most exact answers."""
+    counting = [row for row in rows if row.get("counts") and row["task"] != "ask"]
+    for task, wording in dict.fromkeys((row["task"], row["wording"]) for row in counting):
+        mine = [row for row in counting if (row["task"], row["wording"]) == (task, wording)]
+        best = max(mine, key=lambda row: (row["score"], row["logprob"]))
+        window = _window(mine)
+        against = f"; `window` {window['exact']}/{window['trials']}" if window else ""
+        few = "" if best["trials"] >= 50 else "; fewer than 50 trials: a direction, not a measure"
+        yield (
+            f"**{share}**, {task} ({wording}): `{label(best)}` {best['exact']}/{best['trials']} "
+            f"[{best['score_low']:.0%}, {best['score_high']:.0%}], full {best['exact_full']}/{best['trials']}{against}{few}"
+        )
+
+
+def _asked(share: str, rows: Sequence[Row]) -> Iterator[str]:
+    """What is left of full's answers when documents are read for one question."""
+    for row in rows:
+        if row["task"] == "ask" and row["policy"] == "probe" and row["exact_full"]:
+            kept = row["kept"] / row["exact_full"]
+            aim = f", asked for: {ASKED[share]:.0%}" if share in ASKED else ""
+            around = f"[{row['kept_low']:.0%}, {row['kept_high']:.0%}]"
+            yield f"**{share}**, ask: `{label(row)}` keeps {row['kept']} of {row['exact_full']} ({kept:.0%} {around}{aim})"
+
+
+def _not_counted(rows: Sequence[Row]) -> list[str]:
+    full = [row for row in rows if row["policy"] == "full" and row.get("counts") is False]
+    names = dict.fromkeys(f"{row['task']} ({row['wording']}: {row['exact']}/{row['trials']})" for row in full)
+    return [f"The full cache itself does not solve, so that nothing follows: {', '.join(names)}"] if names else []
+
+
+def over_seeds(rows: Sequence[tuple[int, Row]]) -> list[str]:
+    """Mean and standard deviation of the headline number of what was measured with several seeds.
+
+    Args:
+        rows: each with the seed of its run.
+    """
+    found: dict[tuple, dict[int, float]] = {}
+    for seed, row in rows:
+        name = next((name for name in ("kl", "score", "regret") if name in row), None)
+        if name and row["policy"] != "full":
+            place = (row["task"], row.get("wording", ""), label(row), row.get("share") or row["budget"], name)
+            found.setdefault(place, {})[seed] = row[name]
+    return [
+        f"{task}{f' ({wording})' if wording else ''}, `{who}` {budget}: {name} {fixed(float(np.mean(x)), '.3f')} "
+        f"+- {fixed(float(np.std(x, ddof=1)), '.3f')} over {len(x)} seeds"
+        for (task, wording, who, budget, name), by_seed in found.items()
+        if len(x := list(by_seed.values())) > 1
+    ]

@@ -1,0 +1,106 @@
+"""Generation: a greedy continuation against the full cache's: how long, whether it loops, where it leaves the other.
+
+Eviction and quantization lengthen answers and make loops (ThinKV reports up to five times the length; arXiv 2510.01290);
+scores that force the answer do not see it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_kvprune.evals.asking import prompt
+from mlx_kvprune.evals.conditions import SIZES, Condition, feed, held
+from mlx_kvprune.evals.job import Job, Measured, Task, Tick
+from mlx_kvprune.evals.store import Unit, by_condition, named
+from mlx_kvprune.evals.texts import excerpts
+
+NEW = 96  # tokens at most
+LONGEST_PERIOD, REPEATS = 32, 3
+QUESTION = "Tell in a few sentences what happens in this text."
+
+
+def items(job: Job) -> list[str]:
+    """Texts to be summed up."""
+    return [job.tokenizer.decode(tokens) for tokens in excerpts(job.tokenizer, job.plain, job.haystack, job.texts)]
+
+
+def measure(job: Job, text: str, conditions: Sequence[Condition], tick: Tick) -> Measured:
+    """What each condition says."""
+    ids = prompt(job.tokenizer, text, QUESTION, "")
+    ends: set[int] = set(getattr(job.tokenizer, "eos_token_ids", ()))
+    for condition in conditions:
+        caches = condition.caches(job.model)
+        said = greedy(job.model, ids, caches, NEW, ends)
+        tick(job.haystack + NEW)
+        yield condition, {"said": said, "most": NEW, "prompt_tokens": len(ids), **held(caches)}
+
+
+def greedy(model: Any, ids: Sequence[int], caches: list[Any], most: int, ends: set[int]) -> list[int]:
+    """The likeliest next tokens, up to ``most`` or the end; the end is not among them."""
+    feed(model, ids[:-1], caches)
+    token, said = ids[-1], []
+    while len(said) < most:
+        token = int(model(mx.array([[token]]), cache=caches)[0, -1].argmax().item())
+        if token in ends:
+            break
+        said.append(token)
+    return said
+
+
+def work(job: Job, text: str, conditions: Sequence[Condition]) -> int:
+    """How many tokens ``measure`` sends through the model."""
+    return (job.haystack + NEW) * len(conditions)
+
+
+def loops(said: Sequence[int], longest: int = LONGEST_PERIOD, repeats: int = REPEATS) -> bool:
+    """Whether the end is one piece of at most ``longest`` tokens, said ``repeats`` times or more."""
+    return any(
+        len(said) >= repeats * period
+        and all(said[-i] == said[-i - period] for i in range(1, (repeats - 1) * period + 1))
+        for period in range(1, longest + 1)
+    )
+
+
+def diverges(said: Sequence[int], full: Sequence[int]) -> int:
+    """How many tokens are the same from the start on."""
+    return next((i for i, (a, b) in enumerate(zip(said, full, strict=False)) if a != b), min(len(said), len(full)))
+
+
+def rows(units: Sequence[Unit]) -> list[dict[str, Any]]:
+    """One row per condition: means over the texts; only lengths that the limit did not cut are compared."""
+    full = {unit["item"]: unit["result"] for unit in units if unit["policy"] == "full"}
+    return [_row(some, full) for some in by_condition(units)]
+
+
+def _row(units: Sequence[Unit], full: dict[int, dict[str, Any]]) -> dict[str, Any]:
+    pairs: list[tuple[Any, Any]] = [(unit["result"], full.get(unit["item"], unit["result"])) for unit in units]
+    ended = [(a, b) for a, b in pairs if len(b["said"]) < b["most"] and b["said"]]
+    longer = [len(a["said"]) / len(b["said"]) for a, b in ended]
+    return {
+        "task": "generation",
+        **named(units[0]),
+        "texts": len(pairs),
+        "length": float(np.mean([len(a["said"]) for a, _ in pairs])),
+        "inflation": float(np.mean(longer)) if longer else None,
+        "ended_full": len(ended),
+        "cut": sum(len(a["said"]) == a["most"] for a, _ in pairs),
+        "loops": sum(loops(a["said"]) for a, _ in pairs),
+        "same": float(np.mean([diverges(a["said"], b["said"]) for a, b in pairs])),
+        "prompt_tokens": max(a["prompt_tokens"] for a, _ in pairs),
+        **{name: max(a[name] for a, _ in pairs) for name in SIZES},
+    }
+
+
+TASK = Task(
+    "generation",
+    "length, loops and the first other token of a greedy answer",
+    items,
+    measure,
+    work,
+    rows,
+    question=False,
+)

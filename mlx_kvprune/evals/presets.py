@@ -1,0 +1,57 @@
+"""Bounded grids: what a run measures if the user does not say."""
+
+from __future__ import annotations
+
+from typing import Any
+
+DEFAULTS: dict[str, Any] = {
+    "policies": "snapkv",
+    "budgets": "256",
+    "allocators": "uniform",
+    "kv_bits": "none",
+    "equal": "auto",
+    "tasks": "fidelity,needles,regret",
+    "tokens": 2048,
+    "haystack": None,  # half of the tokens
+    "trials": 10,
+    "texts": 1,
+}
+PRESETS: dict[str, dict[str, Any]] = {
+    "": {},
+    "quick": {
+        "policies": "snapkv,tova,probe",
+        "budgets": "1/4,1/8",
+        "tasks": "fidelity,regret,needles,generation",
+        "tokens": 1024,
+        "haystack": 1024,
+        "trials": 4,
+    },
+    "standard": {
+        "policies": "all",
+        "budgets": "1/4,1/8,1/16",
+        "tasks": "fidelity,regret,needles,generation",
+        "haystack": 2048,
+        "trials": 10,
+        "texts": 2,
+    },
+    "frontier": {
+        "policies": "snapkv,tova,expected_attention,rkv",
+        "budgets": "1/2,1/4,1/8,1/16,1/32",
+        "tasks": "fidelity",
+        "tokens": 4096,  # 1/32 of 2,048 has no room for sinks, window and ring
+    },
+}
+
+
+def chosen(preset: str, **given: Any) -> dict[str, Any]:
+    """What a run measures: what was given, else what the preset says, else the defaults.
+
+    Raises:
+        ValueError: no such preset.
+    """
+    if preset not in PRESETS:
+        known = ", ".join(name for name in PRESETS if name)
+        raise ValueError(f"[grid] not known; got {preset!r}; try one of: {known}")
+    said = {name: value for name, value in given.items() if value is not None}
+    found = {**DEFAULTS, **PRESETS[preset], **said}
+    return {**found, "haystack": found["haystack"] or found["tokens"] // 2}

@@ -1,0 +1,145 @@
+"""The page of results, made from stored runs:
+
+    python -m mlx_kvprune.evals.results docs/results/*.jsonl > docs/results.md
+
+Each file is what ``mlx-kvprune eval --out FILE`` wrote. A run that is not finished gives the rows that are there.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlx_kvprune.evals import tables
+from mlx_kvprune.evals.findings import findings, over_seeds
+from mlx_kvprune.evals.store import Unit, parsed
+from mlx_kvprune.evals.tasks import TASKS
+
+Row = dict[str, Any]
+HEAD = """# Results: quality against the full cache
+
+Made by `python -m mlx_kvprune.evals.results docs/results/*.jsonl > docs/results.md` from stored runs; each table has the
+command that measured it, the day, the machine and the versions.
+
+- Budgets written as fractions are of the text; every condition then holds the **bytes** that `window` holds with as many
+  slots: what a policy remembers beside its slots is paid for in slots, and at 4 bits more slots fit. `kv MB` is the most that
+  was held, everything counted.
+- KL is from the full cache's prediction, in nats a token, over the second half of the text; in brackets 95% intervals of a
+  block bootstrap. Answers are exact if every token was the model's first choice; log p is the answer's, in nats.
+- Questions count only where the full cache solves 80%. *Of full's*: how many of the full cache's answers are left.
+- **Capacity-bound** tasks need many things held at once, **dilution-bound** ones one thing among much else: a
+  policy may gain in one and lose in the other.
+- `window` (sinks and the newest tokens) and `random` are controls. Nothing here is trained.
+"""
+
+
+@dataclass
+class Table:
+    """The units of one task under one setup, and the runs that measured them."""
+
+    task: str
+    setup: dict[str, Any]
+    runs: list[dict[str, Any]] = field(default_factory=list)
+    units: list[Unit] = field(default_factory=list)
+
+    def rows(self) -> list[Row]:
+        """The task's rows."""
+        task = TASKS[self.task]
+        bound = {"bound": task.bound} if task.bound else {}
+        return [{**row, **bound} for row in task.rows(self.units)]
+
+
+def read(paths: Sequence[Path]) -> list[Table]:
+    """The tables of files, in the order in which their tasks began.
+
+    Raises:
+        ValueError: a file cannot be read or holds something else.
+    """
+    found: dict[str, Table] = {}
+    for path in paths:
+        try:
+            lines = path.read_text(encoding="utf-8").splitlines()
+        except OSError as error:
+            raise ValueError(f"[results] cannot read {path}; got {error.strerror}; try docs/results/*.jsonl") from error
+        for run, unit in _with_runs(parsed(lines, path)):
+            place = json.dumps([path.name, unit["task"], unit["setup"]], sort_keys=True)
+            table = found.setdefault(place, Table(unit["task"], unit["setup"]))
+            table.units.append(unit)
+            if run not in table.runs:
+                table.runs.append(run)
+    return list(found.values())
+
+
+def _with_runs(lines: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any], Unit]]:
+    run: dict[str, Any] = {}
+    for line in lines:
+        if "run" in line:
+            run = line["run"]
+        elif line["task"] in TASKS:
+            yield run, line
+
+
+def page(read_tables: Sequence[Table]) -> str:
+    """The whole page: per model what follows, then the tables."""
+    parts = [HEAD]
+    for model in dict.fromkeys(table.setup["model"] for table in read_tables):
+        mine = [table for table in read_tables if table.setup["model"] == model]
+        parts += [f"## {model}", *_findings(mine), *(_section(table) for table in sorted(mine, key=_order))]
+    return "\n\n".join(part.strip() for part in parts) + "\n"
+
+
+def _order(table: Table) -> tuple[int, int]:
+    """As in the table of tasks; capacity-bound tasks apart from the others."""
+    bound = TASKS[table.task].bound
+    return ("", tables.DILUTION, tables.CAPACITY).index(bound), list(TASKS).index(table.task)
+
+
+def _findings(mine: Sequence[Table]) -> Iterator[str]:
+    seeded = [(table.setup["seed"], row) for table in mine for row in table.rows()]
+    sentences = findings([row for _, row in seeded])
+    yield "### What follows" if sentences else ""
+    yield "\n".join(f"- {sentence}." for sentence in sentences)
+    spread = over_seeds(seeded)
+    if spread:
+        yield "### Over seeds\n\n" + "\n".join(f"- {line}." for line in spread)
+
+
+def _section(table: Table) -> str:
+    rows = table.rows()
+    header, cells = tables.table(table.task, rows)
+    setup = table.setup
+    about = f"{setup['tokens']:,} tokens, data {setup['data']}, seed {setup['seed']}, type {setup['dtype']}"
+    return "\n".join(
+        [f"### {tables.title(table.task, rows)}", "", *_origins(table), f"{about}.", "", _drawn(header, cells)]
+    )
+
+
+def _origins(table: Table) -> Iterator[str]:
+    """The command, and where and when it ran; a resumed run was measured by several."""
+    for command in dict.fromkeys(run.get("command", "") for run in table.runs):
+        yield f"`{command}`  "
+    places = (f"{run.get('date')}, {run.get('machine')}; {run.get('versions')}" for run in table.runs)
+    yield from (f"{place}  " for place in dict.fromkeys(places))
+
+
+def _drawn(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    return tables.as_markdown("", header, cells).split("\n", 2)[2]
+
+
+def main() -> None:
+    """Write the page of the files that are named to standard output."""
+    if not sys.argv[1:]:
+        sys.exit("[results] no files; got none; try docs/results/*.jsonl")
+    try:
+        text = page(read([Path(name) for name in sys.argv[1:]]))
+    except ValueError as error:
+        sys.exit(str(error))
+    sys.stdout.write(text)
+
+
+if __name__ == "__main__":
+    main()

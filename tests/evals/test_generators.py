@@ -1,0 +1,148 @@
+"""Generators: the answer stands in the text once, lengths are right, the same seed gives the same trials."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_needles import Bytes
+
+from mlx_kvprune.evals import (
+    documents_asked,
+    facts,
+    hay,
+    multikey,
+    multivalue,
+    paraphrase,
+    qa,
+    questions,
+    texts,
+    tracking,
+    turns,
+)
+
+PROSE = "the old king walked slowly over a hill and saw many green trees near some river"
+WORDS = PROSE.split()
+RNG = np.random.default_rng(5)
+TEXTS = [" ".join(" ".join(RNG.choice(WORDS, size=9)).capitalize() + "." for _ in range(120))]
+SINGLE = {"paraphrase": paraphrase.make, "multikey": multikey.make, "ask": documents_asked.make}
+MAKERS = {**SINGLE, "multivalue": multivalue.make, "tracking": tracking.make}
+seeds = st.integers(0, 10_000)
+
+
+def made(make, seed: int, n_tokens: int = 1500, n: int = 2) -> list[questions.Trial]:
+    return questions.trials(make, Bytes(), TEXTS, n, n_tokens, seed)
+
+
+def times(word: str, text: str) -> int:
+    return len(re.findall(rf"\b{re.escape(word)}\b", text, flags=re.I))
+
+
+@pytest.mark.parametrize("name", SINGLE)
+@settings(max_examples=10, deadline=None)
+@given(seed=seeds)
+def test_each_answer_stands_in_the_text_once(name, seed):
+    for trial in made(SINGLE[name], seed):
+        for ask in trial.asks:
+            assert times(ask.answer, trial.text) == 1
+            assert times(ask.answer, ask.question + ask.opening) == 0
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@settings(max_examples=8, deadline=None)
+@given(seed=seeds, n_tokens=st.integers(300, 4000))
+def test_lengths_and_seeds(name, seed, n_tokens):
+    one, two = made(MAKERS[name], seed, n_tokens), made(MAKERS[name], seed, n_tokens)
+    assert one == two
+    assert one != made(MAKERS[name], seed + 1, n_tokens)
+    assert made(MAKERS[name], seed, n_tokens, n=1) == one[:1]  # a trial does not depend on how many there are
+    for trial in one:
+        assert n_tokens <= len(trial.text) <= n_tokens + 600  # the needles, and the rest of a sentence
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=seeds)
+def test_values_are_told_one_by_one_and_listed_in_order(seed):
+    (trial,) = made(multivalue.make, seed, n=1)
+    everything, *each = trial.asks
+    assert [times(ask.answer, trial.text) for ask in each] == [1] * multivalue.VALUES
+    assert [trial.text.index(ask.answer) for ask in each] == sorted(trial.text.index(ask.answer) for ask in each)
+    for ask in each:
+        said = f"{ask.opening} {ask.answer}"
+        assert f"{everything.opening} {everything.answer}".startswith(said)
+
+
+def test_lists_of_three():
+    everything, _, _, last = multivalue.asks("Marta", ["1111", "2222", "3333"])
+    assert everything.answer == "1111, 2222 and 3333"
+    assert (last.opening[-16:], last.answer) == ("e 1111, 2222 and", "3333")
+
+
+@settings(max_examples=15, deadline=None)
+@given(seed=seeds)
+def test_chains_lead_back_to_the_value(seed):
+    (trial,) = made(tracking.make, seed, n=1)
+    told = dict(re.findall(r"VAR (\w+) = (?:VAR )?(\w+)\.", trial.text))
+    names, *values = trial.asks
+    assert len(told) == tracking.HOPS + 1
+    assert set(told) == set(re.findall(r"\w{3}", names.answer.replace(" and ", " ")))
+    for hops, ask in enumerate(values):
+        name = re.findall(r"VAR (\w+)", ask.question)[0]
+        for _ in range(hops):
+            name = told[name]
+        assert told[name] == ask.answer == values[0].answer
+
+
+def test_paraphrases_share_no_word_with_the_fact_but_the_name():
+    for kind in paraphrase.KINDS:
+        question, opening = kind.paraphrased
+        common = set(re.findall(r"\w+", kind.told.lower())) & set(re.findall(r"\w+", (question + opening).lower()))
+        assert common <= {"name", "is", "of", "the", "in", "number"}, common
+    assert "secret" not in " ".join(facts.KINDS[-1].paraphrased)
+
+
+def test_words_that_the_text_holds_are_not_used():
+    text = "Lisbon and OSLO, said Marta."
+    assert hay.absent(("Lisbon", "Oslo", "Cairo", "Marta's"), text) == ["Cairo", "Marta's"]
+    for fact in facts.drawn(np.random.default_rng(0), 10, text, facts.KINDS[:1]):
+        assert fact.x not in ("Lisbon", "Oslo") and fact.name != "Marta"
+    with pytest.raises(ValueError, match=r"\[facts\] too few words"):
+        facts.drawn(np.random.default_rng(0), 16, "", facts.KINDS[:1])
+
+
+def test_numbers_are_new():
+    for seed in range(5):
+        assert hay.number(np.random.default_rng(seed), 1, "1 2 3 4 5 6", ["7", "8"]) == "9"
+
+
+def test_needles_lie_where_they_should():
+    found, lengths = [f"S{i}." for i in range(10)], [10] * 10
+    text = hay.strewn(found, lengths, [("B.", 0.5), ("A.", 0.0), ("C.", 0.5), ("D.", 1.0)])
+    assert text == "A. S0. S1. S2. S3. S4. B. C. S5. S6. S7. S8. S9. D."
+    depths = hay.spread_depths(np.random.default_rng(1), 4)
+    assert [int(4 * depth) for depth in depths] == [0, 1, 2, 3]
+
+
+def test_a_conversation_asks_back_what_was_told():
+    talk = turns.make(np.random.default_rng(3))
+    said = " ".join(" ".join(turn) for turn in talk.turns)
+    assert (len(talk.turns), len(talk.asks)) == (turns.TURNS, turns.TOLD)
+    assert all(times(ask.answer, said) == 1 for ask in talk.asks)
+    early = " ".join(asked for asked, _ in talk.turns[: turns.TOLD])
+    assert all(times(ask.answer, early) == 1 for ask in talk.asks)
+    assert turns.make(np.random.default_rng(3)) == talk
+
+
+def test_long_texts_are_cut_in_the_middle():
+    class Words:
+        encode = staticmethod(lambda text, add_special_tokens: text.split())
+        decode = staticmethod(lambda tokens: " ".join(tokens) + " ")
+
+    assert qa.middle_cut(Words, "a b c d e f", 4) == "a b e f "
+    assert qa.middle_cut(Words, "a b c", 4) == "a b c"
+    documents = [texts.Document("x"), texts.Document("y", question="?", answers=("z",))]
+    job = type("Job", (), {"documents": documents, "trials": 5})
+    assert qa.items(job) == documents[1:]

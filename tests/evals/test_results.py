@@ -1,0 +1,152 @@
+"""The page of results: from runs on a tiny model, and from rows made by hand."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from mlx_kvprune.evals import findings, frontier, results, tables
+from mlx_kvprune.evals.conditions import SIZES
+from mlx_kvprune.report import frontier as pictures
+
+RUN = {"command": "mlx-kvprune eval", "date": "2026-01-02", "machine": "a machine", "versions": "mlx 9"}
+SETUP = {"model": "tiny", "dtype": "float32", "data": "d", "tokens": 100, "seed": 0}
+
+
+def unit(task: str, policy: str, result: dict, share: str = "1/4", **more) -> dict:
+    named = {"task": task, "item": 0, "policy": policy, "allocator": "uniform", "budget": "25", "seed": 0}
+    shares = {} if policy == "full" else {"share": share}
+    return {**named, **shares, "setup": SETUP, **more, "result": {**dict.fromkeys(SIZES, 5_000_000), **result}}
+
+
+def prediction(policy: str, kl: float, width: float = 0.01, share: str = "1/4", **more) -> dict:
+    around = lambda name, x: {name: x, f"{name}_low": x - width, f"{name}_high": x + width}
+    measures = {**around("kl", kl), **around("nll_change", kl / 2), **around("agreement", 1 - kl)}
+    result = {"tokens": 100, "nll": 3.0, "nll_full": 3.0, **measures, "by_distance": [{"from": 0, "to": 99, "kl": kl}]}
+    return unit("fidelity", policy, result, share, **more)
+
+
+def answers(task: str, policy: str, *exact: int, share: str = "1/4", **more) -> dict:
+    outcome = {"wording": "w", "logprob": -1.0, "prompt_tokens": 9, **dict.fromkeys(SIZES, 5_000_000)}
+    return unit(task, policy, {"outcomes": [{**outcome, "exact": bool(x)} for x in exact]}, share, **more)
+
+
+def page(tmp_path, *units: dict) -> str:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in ({"run": RUN}, *units)))
+    return results.page(results.read([path]))
+
+
+def test_the_best_policy_and_its_distance_are_named(tmp_path):
+    text = page(
+        tmp_path,
+        prediction("full", 0.0),
+        prediction("window", 0.2),
+        prediction("random", 0.05),  # a control is never the best
+        prediction("tova", 0.1),
+        prediction("knorm", 0.12, allocator="global"),
+    )
+    assert "- **1/4** of 100 tokens, predictions: `tova`, KL 0.100 [0.090, 0.110] nats from full" in text
+    assert "`window` 0.200 [0.190, 0.210] (intervals apart)" in text
+    for said in ("mlx-kvprune eval", "2026-01-02, a machine; mlx 9", "100 tokens, data d, seed 0", "## tiny"):
+        assert said in text
+    assert "| knorm | global | 1/4 | 25 | 0.120 [0.110, 0.130] |" in text
+
+
+def test_no_better_than_window_is_said(tmp_path):
+    text = page(tmp_path, prediction("window", 0.2), prediction("tova", 0.3))
+    assert "**no better than** `window` 0.200 [0.190, 0.210] (intervals overlap)" in text
+    assert "(intervals overlap)" in page(tmp_path, prediction("window", 0.2), prediction("tova", 0.19))
+
+
+def test_what_is_left_of_fulls_answers_is_said(tmp_path):
+    text = page(
+        tmp_path,
+        answers("ask", "full", 1, 1, 1, 1, 0),
+        answers("ask", "probe", 1, 1, 1, 0, 1),
+        answers("ask", "probe", 1, 0, 0, 0, 0, share="1/8"),
+    )
+    assert "**1/4**, ask: `probe` keeps 3 of 4 (75% [30%, 95%], asked for: 95%)" in text
+    assert "**1/8**, ask: `probe` keeps 1 of 4 (25% [5%, 70%], asked for: 90%)" in text
+    assert text.index("**1/4**") < text.index("**1/8**")
+
+
+def test_what_full_does_not_solve_is_no_finding(tmp_path):
+    solved = [answers("needles", "full", 1, 1), answers("needles", "window", 0, 1), answers("needles", "tova", 1, 1)]
+    text = page(tmp_path, *solved)
+    assert "needles (w): `tova` 2/2 [34%, 100%], full 2/2; `window` 1/2; fewer than 50 trials" in text
+    text = page(tmp_path, answers("tracking", "full", 0, 1), answers("tracking", "tova", 1, 1))
+    assert "`tova` 2/2" not in text
+    assert "nothing follows: tracking (w: 1/2)" in text
+    assert "does not count" in text
+
+
+def test_kinds_of_bounds_are_apart(tmp_path):
+    units = [
+        answers(task, policy, 1) for task in ("multikey", "needles", "turns", "ask") for policy in ("full", "window")
+    ]
+    titles = re.findall(r"^### (\S+) \((\w+)-bound", page(tmp_path, *units), flags=re.M)
+    assert titles == [("needles", "dilution"), ("ask", "dilution"), ("multikey", "capacity"), ("turns", "capacity")]
+
+
+def test_spread_over_seeds(tmp_path):
+    seeded = lambda seed, kl: prediction("tova", kl, seed=seed, setup={**SETUP, "seed": seed})
+    text = page(tmp_path, seeded(0, 0.1), seeded(1, 0.3))
+    assert "fidelity, `tova` 1/4: kl 0.200 +- 0.141 over 2 seeds" in text
+    assert findings.over_seeds([(0, {"task": "x", "policy": "full", "kl": 0.0})]) == []
+
+
+def test_every_table_is_rectangular_and_a_half_run_is_shown(tmp_path):
+    text = page(tmp_path, prediction("window", 0.2), answers("needles", "full", 1), answers("needles", "tova", 1))
+    for table in re.findall(r"(?:^\|.*\|\n)+", text, flags=re.M):
+        assert len({line.count("|") for line in table.splitlines()}) == 1
+
+
+def test_the_command_and_its_errors(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps({"run": RUN}) + "\n" + json.dumps(prediction("window", 0.2)) + "\n")
+    run = lambda *args: subprocess.run(
+        [sys.executable, "-m", "mlx_kvprune.evals.results", *args], capture_output=True, text=True, check=False
+    )
+    done = run(str(path))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("# Results")
+    with pytest.raises(ValueError, match="cannot read"):
+        results.read([tmp_path / "none.jsonl"])
+    path.write_text('{"a": 1}\n')
+    with pytest.raises(ValueError, match="not a row of eval; got line 1"):
+        results.read([path])
+
+
+def test_pictures_have_a_line_per_policy_with_intervals(tmp_path):
+    rows = [
+        row
+        for table in (
+            results.Table("fidelity", SETUP, [], [prediction("window", 0.2), prediction("window", 0.4, share="1/8")]),
+            results.Table("needles", SETUP, [], [answers("needles", "full", 1), answers("needles", "tova", 1)]),
+            results.Table("tracking", SETUP, [], [answers("tracking", "full", 0), answers("tracking", "tova", 1)]),
+        )
+        for row in table.rows()
+    ]
+    kl, needles = frontier.panels(rows)  # what does not count is not drawn
+    assert [len(series.points) for series in kl.series] == [2]
+    assert kl.series[0].points[0] == (5_000_000, 0.2, pytest.approx(0.19), pytest.approx(0.21))
+    assert (needles.title, needles.share) == ("needles: w", True)
+    for name in ("a.png", "a.svg"):
+        pictures.draw([kl, needles], tmp_path / name)
+        assert (tmp_path / name).stat().st_size > 5000
+    with pytest.raises(ValueError, match="nothing to draw"):
+        pictures.draw([], tmp_path / "b.png")
+    with pytest.raises(ValueError, match="cannot write"):
+        pictures.draw([kl], tmp_path / "b.nonsense")
+
+
+def test_only_what_differs_names_a_line():
+    rows = [prediction("window", 0.1), prediction("window", 0.1, kv_bits=4)]
+    table = results.Table("fidelity", SETUP, [], rows).rows()
+    assert tables.condition(table[0], table) == {"policy": "window", "bits": "-", "of the text": "1/4", "budget": "25"}
+    assert frontier.label(table[1]) == "window, 4 bits"
