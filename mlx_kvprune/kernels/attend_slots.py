@@ -20,8 +20,9 @@ from mlx_kvprune.kernels import checks
 from mlx_kvprune.kernels.launch import LEAST, SIMD, Kernel, enough
 from mlx_kvprune.numerics import device
 from mlx_kvprune.quantize import Codec
+from mlx_kvprune.rope import Tables
 from mlx_kvprune.settings import PAGE
-from mlx_kvprune.slots import EVERYTHING, PagedPart, Part, Rows, Sight, plain
+from mlx_kvprune.slots import EVERYTHING, Gate, PagedPart, Part, Rows, Sight, plain
 
 MOST_NEW = 8  # queries of one sequence that the kernel takes: decode, verification, short suffixes
 MOST_ROWS = 16  # query rows that a threadgroup takes at once
@@ -197,46 +198,18 @@ class _Ask:
 
     @staticmethod
     def of(shape: _Shape, part: Part | PagedPart, queries: mx.array, scale: float, sight: Sight, causal: bool) -> _Ask:
-        keys, values, gate = part.keys, part.values, part.gate
-        sight.check(gate)
+        sight.check(part.gate)
         n_items, items, firsts = _items(_tiles(part))
-        ranks, tables = part.ranks, part.ranks and part.ranks.turn.tables(keys.codec.width)
-        frame = part.frame if isinstance(part, PagedPart) else keys.frame
-        table = part.layout.table if isinstance(part, PagedPart) else None
-        slots = 0 if isinstance(part, PagedPart) else _slots(part)
-        numbers = (
-            slots,
-            sight.newest or 0,
-            sight.window or 0,
-            ranks.shift if ranks else 0,
-            slots,
-            table.shape[1] if table is not None else 0,
-            shape.rows,
-            shape.n_new,
-        )
-        per_slot = (ranks and ranks.ranks, tables and tables.cos, tables and tables.sin)
-        gates = (gate and gate.bias, gate and gate.decay, gate and gate.positions)
-        inputs = [queries, items, _numbers(numbers), _factors(float(scale), float(sight.softcap or 0))]
-        inputs += [*_operands(keys), *_operands(values), _flat(table, mx.int32), _flat(part.mask, mx.bool_)]
-        inputs += [_flat(x, mx.float32) for x in ((frame.offset, frame.scale) if frame else (None, None))]
-        inputs += [_flat(x, kind) for x, kind in zip(per_slot, (mx.int32, mx.float32, mx.float32), strict=True)]
-        inputs += [_flat(x, kind) for x, kind in zip(gates, (mx.float32, mx.float32, mx.int32), strict=True)]
-        template: list[tuple[str, Any]] = [("T", shape.dtype), ("D", keys.codec.width), ("DV", values.codec.width)]
-        template += [("KV_HEADS", shape.kv_heads), ("SIMDS", SIMDS)]
-        template += [
-            ("ROWS", shape.rows_at_once),
-            ("PAGED", table is not None),
-            ("MASKED", part.mask is not None),
+        tables = part.ranks and part.ranks.turn.tables(part.keys.codec.width)
+        inputs = [
+            queries,
+            items,
+            _numbers(_counts(shape, part, sight)),
+            _factors(float(scale), float(sight.softcap or 0)),
         ]
-        template += [*_constants("KEY", keys), *_constants("VALUE", values), ("KEY_SCHEME", SCHEMES[_scheme(keys)])]
-        template += [("FRAMED", frame is not None), ("TURNED", bool(tables and tables.dims)), ("CAUSAL", causal)]
-        template += [("DIMS", tables.dims if tables else 0), ("NEIGHBOURS", bool(tables and tables.neighbours))]
-        template += [
-            ("GATED", bool(gate and gate.bias is not None)),
-            ("DECAYED", bool(gate and gate.decay is not None)),
-        ]
-        template += [("WINDOWED", sight.window is not None), ("SOFTCAP", sight.softcap is not None)]
-        return _Ask(shape, part, inputs, template, firsts, n_items, values.codec.width)
+        inputs += _arrays(part, tables)
+        template = [*_storage(shape, part), *_turning(tables), *_seeing(part, sight, causal)]
+        return _Ask(shape, part, inputs, template, firsts, n_items, part.values.codec.width)
 
     def run(self) -> list[mx.array]:
         """``mixed`` and ``stats`` of its items."""
@@ -302,6 +275,58 @@ def _weights(shape: _Shape, part: Part | PagedPart, asks: list[_Ask], totals: mx
 
 
 # -- what is handed over ----------------------------------------------------------------------------------------------
+
+
+def _counts(shape: _Shape, part: Part | PagedPart, sight: Sight) -> tuple[int, ...]:
+    """``numbers``: slots, newest query, window, shift of ranks, slots of a head, its pages, rows, new tokens."""
+    slots, width = (0, part.layout.table.shape[1]) if isinstance(part, PagedPart) else (_slots(part), 0)
+    shift = part.ranks.shift if part.ranks else 0
+    return slots, sight.newest or 0, sight.window or 0, shift, slots, width, shape.rows, shape.n_new
+
+
+def _arrays(part: Part | PagedPart, tables: Tables | None) -> list[mx.array]:
+    """Rows, tables and whatever there is one of per slot, in the order of ``READS``."""
+    gate = part.gate or Gate()
+    frame = part.frame if isinstance(part, PagedPart) else part.keys.frame
+    table = part.layout.table if isinstance(part, PagedPart) else None
+    floats = lambda *arrays: [_flat(x, mx.float32) for x in arrays]
+    turning = [_flat(part.ranks and part.ranks.ranks, mx.int32), *floats(tables and tables.cos, tables and tables.sin)]
+    return [
+        *_operands(part.keys),
+        *_operands(part.values),
+        _flat(table, mx.int32),
+        _flat(part.mask, mx.bool_),
+        *floats(frame and frame.offset, frame and frame.scale),
+        *turning,
+        *floats(gate.bias, gate.decay),
+        _flat(gate.positions, mx.int32),
+    ]
+
+
+def _storage(shape: _Shape, part: Part | PagedPart) -> list[tuple[str, Any]]:
+    """Constants: types, widths and how rows are stored."""
+    keys, values = part.keys, part.values
+    frame = part.frame if isinstance(part, PagedPart) else keys.frame
+    return [
+        *(("T", shape.dtype), ("D", keys.codec.width), ("DV", values.codec.width), ("KV_HEADS", shape.kv_heads)),
+        *(("SIMDS", SIMDS), ("ROWS", shape.rows_at_once)),
+        *(("PAGED", isinstance(part, PagedPart)), ("MASKED", part.mask is not None)),
+        *(*_constants("KEY", keys), *_constants("VALUE", values)),
+        *(("KEY_SCHEME", SCHEMES[_scheme(keys)]), ("FRAMED", frame is not None)),
+    ]
+
+
+def _turning(tables: Tables | None) -> list[tuple[str, Any]]:
+    """Constants: how keys are rotated."""
+    dims, neighbours = (tables.dims, tables.neighbours) if tables else (0, False)
+    return [("TURNED", dims > 0), ("DIMS", dims), ("NEIGHBOURS", neighbours)]
+
+
+def _seeing(part: Part | PagedPart, sight: Sight, causal: bool) -> list[tuple[str, Any]]:
+    """Constants: what acts on logits."""
+    gate = part.gate or Gate()
+    gated = [("GATED", gate.bias is not None), ("DECAYED", gate.decay is not None)]
+    return [("CAUSAL", causal), *gated, ("WINDOWED", sight.window is not None), ("SOFTCAP", sight.softcap is not None)]
 
 
 def _kv_heads(parts: Sequence[Part | PagedPart]) -> int:
