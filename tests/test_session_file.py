@@ -431,7 +431,8 @@ for turn in range(10**9):
 def stopped_in_mid_save(path: Path, how: int, after: float) -> None:
     """Start a process that saves again and again, and stop it ``after`` seconds."""
     command = [sys.executable, "-c", SAVES_FOR_EVER, str(path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # what a shell starts in the background ignores it
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, preexec_fn=heed) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == b"saving\n"
         time.sleep(after)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -26,7 +27,9 @@ def start() -> Iterator:
     def begin(model: Path, *arguments: str, term: str = "dumb") -> pexpect.spawn:
         command = ["-m", "mlx_kvprune", "chat", "--model", str(model), "--positions", "text", *arguments]
         environment = ENVIRONMENT | {"TERM": term, "COLUMNS": "200"}
-        child = pexpect.spawn(sys.executable, command, env=environment, encoding="utf-8", timeout=60, echo=False)
+        heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # what a shell starts in the background ignores it
+        more = {"env": environment, "encoding": "utf-8", "timeout": 60, "echo": False, "preexec_fn": heed}
+        child = pexpect.spawn(sys.executable, command, **more)
         children.append(child)
         child.expect("/help lists the commands")
         return child
