@@ -30,7 +30,7 @@ def why_not(queries: mx.array, parts: Sequence[Part | PagedPart]) -> str:
     if width != value_width or width not in FUSED_WIDTHS:
         return f"head dims {width} and {value_width}, for which MLX has no fused attention of many queries"
     rows = queries.shape[1] * queries.shape[2] // parts[-1].keys.parts[0].shape[1]
-    if any(isinstance(part.for_rows(rows, queries.dtype), PagedPart) for part in parts):
+    if any(isinstance(part, PagedPart) and not part.gathers(rows) for part in parts):
         return "heads that differ so much that gathering their pages would be mostly padding"
     return ""
 

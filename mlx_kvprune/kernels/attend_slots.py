@@ -19,7 +19,7 @@ import numpy as np
 from mlx_kvprune.kernels import checks
 from mlx_kvprune.kernels.launch import LEAST, SIMD, Kernel, enough
 from mlx_kvprune.numerics import device
-from mlx_kvprune.quantize import Codec
+from mlx_kvprune.quantize import Codec, Frame
 from mlx_kvprune.rope import Tables
 from mlx_kvprune.settings import PAGE
 from mlx_kvprune.slots import EVERYTHING, Gate, PagedPart, Part, Rows, Sight, plain
@@ -287,7 +287,7 @@ def _counts(shape: _Shape, part: Part | PagedPart, sight: Sight) -> tuple[int, .
 def _arrays(part: Part | PagedPart, tables: Tables | None) -> list[mx.array]:
     """Rows, tables and whatever there is one of per slot, in the order of ``READS``."""
     gate = part.gate or Gate()
-    frame = part.frame if isinstance(part, PagedPart) else part.keys.frame
+    frame = _frame(part)
     table = part.layout.table if isinstance(part, PagedPart) else None
     floats = lambda *arrays: [_flat(x, mx.float32) for x in arrays]
     turning = [_flat(part.ranks and part.ranks.ranks, mx.int32), *floats(tables and tables.cos, tables and tables.sin)]
@@ -306,13 +306,12 @@ def _arrays(part: Part | PagedPart, tables: Tables | None) -> list[mx.array]:
 def _storage(shape: _Shape, part: Part | PagedPart) -> list[tuple[str, Any]]:
     """Constants: types, widths and how rows are stored."""
     keys, values = part.keys, part.values
-    frame = part.frame if isinstance(part, PagedPart) else keys.frame
     return [
         *(("T", shape.dtype), ("D", keys.codec.width), ("DV", values.codec.width), ("KV_HEADS", shape.kv_heads)),
         *(("SIMDS", SIMDS), ("ROWS", shape.rows_at_once)),
         *(("PAGED", isinstance(part, PagedPart)), ("MASKED", part.mask is not None)),
         *(*_constants("KEY", keys), *_constants("VALUE", values)),
-        *(("KEY_SCHEME", SCHEMES[_scheme(keys)]), ("FRAMED", frame is not None)),
+        *(("KEY_SCHEME", SCHEMES[_scheme(keys)]), ("FRAMED", _frame(part) is not None)),
     ]
 
 
@@ -345,6 +344,11 @@ def _tiles(part: Part | PagedPart) -> tuple[int, ...]:
         return part.layout.counts if any(part.layout.counts) else ()
     batch, heads = part.keys.parts[0].shape[:2]
     return (-(-_slots(part) // PAGE),) * (batch * heads) if _slots(part) else ()
+
+
+def _frame(part: Part | PagedPart) -> Frame | None:
+    """Of the keys, of each head."""
+    return part.frame if isinstance(part, PagedPart) else part.keys.frame
 
 
 def _scheme(rows: Rows) -> str:

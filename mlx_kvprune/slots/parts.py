@@ -251,15 +251,19 @@ class PagedPart:
 
         Page by page, ``mix`` makes products of ``(P, R, D_v)``: for a block of prefill many times the pool.
         """
-        pages, width = self.layout.owner.shape[0], self.layout.table.shape[1]
-        if rows <= FEW_QUERIES or self.layout.table.size > MOST_PADDING * pages:
+        if not self.gathers(rows):
             return self
+        pages, width = self.layout.owner.shape[0], self.layout.table.shape[1]
         gather = lambda x, fill: self.layout.heads(self.layout.gather(x, fill).reshape(-1, width * PAGE, *x.shape[2:]))
         used = mx.ones((pages, PAGE), mx.bool_) if self.mask is None else self.mask[:, 0]
         keys, values = (plain(gather(x.decoded(dtype), 0.0)) for x in (self.ready(dtype).keys, self.values))
         by_head = lambda x: None if x is None else gather(x, 0)
         gate = self.gate and Gate(*(by_head(x) for x in (self.gate.bias, self.gate.decay, self.gate.positions)))
         return Part(keys, values, gather(used, False)[:, :, None], gate=gate)
+
+    def gathers(self, rows: int) -> bool:
+        """Whether ``for_rows`` puts the slots of each head side by side."""
+        return rows > FEW_QUERIES and self.layout.table.size <= MOST_PADDING * self.layout.owner.shape[0]
 
     def _scores(self, queries: mx.array) -> mx.array:
         """``(B * H_kv, R, D)`` -> ``(P, R, PAGE)``."""

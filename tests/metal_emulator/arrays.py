@@ -7,21 +7,6 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-METAL_TYPES = {
-    mx.bool_: "bool",
-    mx.uint8: "uint8_t",
-    mx.uint16: "uint16_t",
-    mx.uint32: "uint32_t",
-    mx.uint64: "uint64_t",
-    mx.int8: "int8_t",
-    mx.int16: "int16_t",
-    mx.int32: "int32_t",
-    mx.int64: "int64_t",
-    mx.float16: "float16_t",
-    mx.float32: "float",
-    mx.bfloat16: "bfloat16_t",
-}
-
 
 def as_mlx(value: Any) -> mx.array:
     """An input as MLX takes it: arrays as they are, Python and NumPy values converted."""

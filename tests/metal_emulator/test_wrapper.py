@@ -8,9 +8,8 @@ import mlx.core as mx
 import pytest
 
 from metal_emulator import Definition, exported_text, mlx_text
-from metal_emulator.arrays import METAL_TYPES
 from metal_emulator.attend_body import definition, problem
-from metal_emulator.wrapper import PARAMETERS
+from metal_emulator.wrapper import METAL_TYPES, PARAMETERS
 
 N_CONFIGURATIONS = 150
 

@@ -16,7 +16,9 @@ from typing import Any
 
 import mlx.core as mx
 
-from .arrays import METAL_TYPES, as_mlx
+from mlx_kvprune.kernels.cuda_adapter import TYPES as METAL_TYPES
+
+from .arrays import as_mlx
 
 Template = Sequence[tuple[str, Any]]
 
