@@ -23,6 +23,8 @@ from mlx_kvprune import rebind
 from mlx_kvprune.allocators import slots_per_layer
 from mlx_kvprune.cache import PrunedKVCache
 from mlx_kvprune.forward import forward, pruned
+from mlx_kvprune.gates import Gates
+from mlx_kvprune.gates import files as gate_files
 from mlx_kvprune.ladder import Rung, find_rung, why_unranked
 from mlx_kvprune.policy import Policy, policy_for
 from mlx_kvprune.rope import check_rankable, find_rope
@@ -41,6 +43,7 @@ class Attachment:
         settings: of the caches that ``model.make_cache()`` makes; None if only ``make_cache(model)`` was asked for.
         classes: modules and the classes they had before.
         unranked: why positions in the cache cannot be had; None as long as that was not tried.
+        gates: those that were loaded, or given, by method and by where they came from (empty: the model's own).
         own_make_cache: what stood in the place of ``make_cache`` on the instance, if anything did.
     """
 
@@ -49,6 +52,7 @@ class Attachment:
     classes: list[tuple[nn.Module, type]] = field(default_factory=list)
     unranked: str | None = None
     own_make_cache: Any = None
+    gates: dict[tuple[str, str], Gates] = field(default_factory=dict)
 
     def __str__(self) -> str:
         name = f"{self.rung.name} ({len(self.rung.layers)} layers bounded"
@@ -143,6 +147,7 @@ def make_from_settings(model: nn.Module, settings: CacheSettings) -> list[Any]:
         cache.frame = 0 if slots is None else max(slots) * _most_times(settings, most_heads, len(slots))
         cache.alone, cache.lends = attachment.rung.unbatched, attachment.rung.lends
         cache.rope, cache.model_id = find_rope(attachment.rung.layers[layer].attention), identity
+        _tell_gate(model, cache)
         return cache
 
     return _replaced(model, make)
@@ -180,6 +185,8 @@ def slots_for(model: nn.Module, settings: CacheSettings) -> list[int] | None:
         _check_full(settings)
         return None
     _check_policy(attachment.rung, policy, settings)
+    if policy.gates:
+        gates_of(model, settings)
     if settings.positions == "cache" and (reason := cannot_rank(model)):
         raise ValueError(f"[positions] {reason}; try --positions text")
     shapes = [layer.shape for layer in attachment.rung.layers]
@@ -209,6 +216,8 @@ def hooked(model: nn.Module) -> Attachment:
         raise ValueError(f"[attach] {_type_of(model)} cannot be bounded; got {rung.reason}; try another model type")
     attachment = Attachment(rung, own_make_cache=model.__dict__.get("make_cache"))
     _subclass(model, _stepwise, attachment)
+    for attention in {id(layer.attention): layer.attention for layer in rung.layers}.values():
+        _subclass(attention, _gated, attachment)
     setattr(model, SLOT, attachment)
     return attachment
 
@@ -241,6 +250,20 @@ def _stepwise(model_class: type) -> type:
     return _named_after(model_class, call)
 
 
+@functools.cache
+def _gated(attention_class: type) -> type:
+    """A subclass of a model's own attention that shows its input to the caches that want it."""
+
+    @functools.wraps(attention_class.__call__)
+    def call(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+        for cache in (*args, *kwargs.values()):
+            if (stage := getattr(cache, "stage", None)) is not None:
+                stage(x)
+        return attention_class.__call__(self, x, *args, **kwargs)
+
+    return _named_after(attention_class, call)
+
+
 def tell_ropes(model: nn.Module, bounded: list[PrunedKVCache]) -> None:
     """Caches that were loaded do not know their rotary modules yet."""
     attachment = attachment_of(model)
@@ -252,6 +275,31 @@ def tell_ropes(model: nn.Module, bounded: list[PrunedKVCache]) -> None:
         if cache.layer < len(attachment.rung.layers):
             cache.lends = attachment.rung.lends
             cache.rope = find_rope(attachment.rung.layers[cache.layer].attention)
+            _tell_gate(model, cache)
+
+
+def _tell_gate(model: nn.Module, cache: PrunedKVCache) -> None:
+    if cache.needs_gate:
+        cache.gate = functools.partial(gates_of(model, cache.settings), cache.layer)
+
+
+def gates_of(model: nn.Module, settings: CacheSettings) -> Gates:
+    """The gates that a policy needs: those given to ``use_gates``, of the settings' file, or found with the model.
+
+    Raises:
+        ValueError: there are none, or they belong to another model.
+    """
+    attachment: Attachment = model.__dict__[SLOT]
+    method = policy_for(settings)[0].gates
+    key = (method, settings.gates)
+    if key not in attachment.gates:
+        attachment.gates[key] = gate_files.load_for(model, method, settings.gates)
+    return attachment.gates[key]
+
+
+def use_gates(model: nn.Module, method: str, gates: Gates) -> None:
+    """Give a model gates of a method that were not read from a file; caches that are made from now on use them."""
+    hooked(model).gates[method, ""] = gates
 
 
 def _named_after(parent: type, call: Callable[..., Any]) -> type:
@@ -263,7 +311,7 @@ def _check_full(settings: CacheSettings) -> None:
     """Refuse what mlx-lm's own cache would ignore."""
     default = CacheSettings()
     for name in ("kv_bits", "kv_key_bits", "kv_value_bits", "allocator"):
-        if getattr(settings, name) != getattr(default, name):
+        if getattr(settings, name) not in (getattr(default, name), "uniform"):
             raise ValueError(
                 f"[{name.replace('_', '-')}] policy full is mlx-lm's own cache; got {getattr(settings, name)}; "
                 "try another policy"

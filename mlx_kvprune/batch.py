@@ -22,6 +22,7 @@ class Single(Protocol):
 
     offset: int
     fetched: tuple[Any, Any] | None
+    staged: mx.array | None
 
     @property
     def state(self) -> tuple[Any, ...]: ...
@@ -50,8 +51,8 @@ class Row:
     ahead: int | None = None
     own: slice = field(default_factory=lambda: slice(0, 0))
 
-    def take(self, keys: mx.array, values: mx.array) -> None:
-        """Hand its own among the new tokens ``(1, H_kv, L, D)`` to the cache."""
+    def take(self, keys: mx.array, values: mx.array, gates: mx.array | None) -> None:
+        """Hand its own among the new tokens ``(1, H_kv, L, D)``, and what their gates said, to the cache."""
         width = keys.shape[2]
         start = min(self.skip, width)
         stop = width if self.ahead is None else min(width, start + self.ahead)
@@ -59,6 +60,7 @@ class Row:
         if self.ahead is not None:
             self.ahead -= stop - start
         if start < stop:
+            self.cache.staged = None if gates is None else gates[:, :, self.own]
             self.cache.update_and_fetch(keys[:, :, self.own], values[:, :, self.own])
 
     def part(self) -> tuple[slice, Any]:
@@ -97,6 +99,7 @@ class BatchPrunedKVCache:
 
     def __init__(self, caches: Iterable[Single]):
         self.rows = [Row(cache) for cache in caches]
+        self.staged: mx.array | None = None
 
     @property
     def caches(self) -> list[Any]:
@@ -169,11 +172,18 @@ class BatchPrunedKVCache:
         """Position of each row's next column ``(B,)``: what the model's rotary embedding reads."""
         return mx.array([row.cache.offset - row.skip for row in self.rows])
 
+    def stage(self, x: mx.array) -> None:
+        """Take the attention's input ``(B, L, width)``: one gate, that of the first row's cache, reads it for all."""
+        first: Any = self.rows[0].cache
+        first.stage(x)
+        self.staged, first.staged = first.staged, None
+
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[BatchHandle, BatchHandle]:
         """Take the keys and values ``(B, H_kv, L, D)`` of new columns; return what finds them again in the attention."""
         assert keys.shape[0] == len(self.rows), "a row per request"
+        gates, self.staged = self.staged, None
         for i, row in enumerate(self.rows):
-            row.take(keys[i : i + 1], values[i : i + 1])
+            row.take(keys[i : i + 1], values[i : i + 1], None if gates is None else gates[i : i + 1])
         return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[BatchHandle, BatchHandle]:

@@ -36,6 +36,7 @@ class Handle:
         shape: what an unpruned array of keys would have, ``(B, H_kv, tokens seen, D)``; models read lengths off it.
         dtype: the keys' type.
         start: position of the first new token in the model's eyes.
+        gates: what the layer's gate said of the new tokens ``(B, H_kv, L)``, if the scorer asks one.
         blocks: which of the new tokens attended to what, once they did.
     """
 
@@ -45,11 +46,15 @@ class Handle:
     shape: tuple[int, ...]
     dtype: mx.Dtype
     start: int = 0
+    gates: mx.array | None = None
     blocks: list[tuple[slice, View]] = field(default_factory=list)
 
     @property
     def ndim(self) -> int:
         return 4
+
+
+Gate = Callable[[mx.array], mx.array]
 
 
 class PrunedKVCache:
@@ -103,6 +108,8 @@ class PrunedKVCache:
         self.alone = ""  # why the model cannot be batched, if it cannot
         self.model_id = ""  # says whose keys these are
         self._rope: Shared | None = None
+        self._gate: Shared | None = None
+        self.staged: mx.array | None = None  # what the gate said of the tokens whose keys come next
 
     @property
     def evicted(self) -> bool:
@@ -123,6 +130,31 @@ class PrunedKVCache:
         """Whether the layer's rotary module was ever told: a cache that mlx-lm loaded does not know it at first."""
         return self._rope is not None
 
+    @property
+    def gate(self) -> Gate | None:
+        """The layer's learned gate: attention inputs ``(B, L, width)`` -> ``(B, H_kv, L)``; None if there is none."""
+        return None if self._gate is None else self._gate.module
+
+    @gate.setter
+    def gate(self, gate: Gate | None) -> None:
+        self._gate = Shared(gate)
+
+    @property
+    def needs_gate(self) -> bool:
+        """Whether the scorer asks a learned gate."""
+        return "hidden" in self.scorer.needs
+
+    def stage(self, x: mx.array) -> None:
+        """Take the attention's input ``(B, L, width)`` before it computes keys and values: the gate reads it."""
+        if not self.needs_gate or self.probing:
+            return
+        if self.gate is None:
+            raise ValueError(
+                f"[gates] policy {self.settings.policy!r} needs the model's gates, which this cache was not told; got a "
+                "cache made without attach; try kvp.make_cache(model, ...)"
+            )
+        self.staged = self.gate(x)
+
     # -- what mlx-lm calls -------------------------------------------------------------------------------------------
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
@@ -142,10 +174,19 @@ class PrunedKVCache:
 
     def _hand_out(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         shape = (*keys.shape[:2], self.offset + keys.shape[2], keys.shape[3])
-        handle = Handle(self, keys, values, shape, keys.dtype, self.offset)
+        handle = Handle(self, keys, values, shape, keys.dtype, self.offset, self._take_staged())
         if not self.probing:
             self._count(keys.shape[2])
         return handle, handle
+
+    def _take_staged(self) -> mx.array | None:
+        staged, self.staged = self.staged, None
+        if staged is None and self.needs_gate and not self.probing:
+            raise ValueError(
+                f"[gates] policy {self.settings.policy!r} never saw the attention's input; got keys without it; "
+                "try another policy with this model"
+            )
+        return staged
 
     def _count(self, n: int) -> None:
         """Note ``n`` new tokens."""
@@ -160,7 +201,7 @@ class PrunedKVCache:
     def _update_dense(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         self.room()
         start = self.offset
-        self._write(keys, values, start)
+        self._write(keys, values, start, self._take_staged())
         held, heads = self.everything(start + keys.shape[2] - 1), keys.shape[:2]
         self._count(keys.shape[2])
         self._spill()
@@ -203,11 +244,11 @@ class PrunedKVCache:
 
     def is_trimmable(self) -> bool:
         """Whether the newest tokens can be taken back exactly: nothing was evicted, no signal saw their queries."""
-        return not self.held.final and not self.scorer.needs
+        return not self.held.final and not self.scorer.hears
 
     def can_rewind(self, n: int) -> bool:
         """Whether the newest ``n`` tokens can be taken back exactly: since then nothing was evicted or requantized."""
-        return n <= self.tokens_seen and not self.scorer.needs and (self.empty() or self.held.can_forget(n))
+        return n <= self.tokens_seen and not self.scorer.hears and (self.empty() or self.held.can_forget(n))
 
     def check_rewind(self, n: int, where: str) -> None:
         """Raise ``ValueError`` unless ``can_rewind(n)``."""
@@ -309,12 +350,13 @@ class PrunedKVCache:
     @state.setter
     def state(self, leaves: tuple[Any, ...]) -> None:
         meta = json.loads(leaves[0])
-        rope = self.__dict__.get("_rope")
+        rope, gate = self.__dict__.get("_rope"), self.__dict__.get("_gate")
         settings = CacheSettings.from_json(meta["settings"])
         PrunedKVCache.__init__(self, settings, meta["slots"], meta["layer"], meta["dense"])
         self.nbytes_peak, self.tokens_seen, self.offset = meta["peak"], meta["seen"], meta["offset"]
         self.frame, self.turns, self.scale = meta["frame"], tuple(meta["turns"]), meta["scale"]
         self.n_heads, self.model_id, self._rope = meta["heads"], meta["model"], rope
+        self._gate = gate
         arrays = dict(zip(meta["arrays"], leaves[1:], strict=True))
         signals = {name: arrays.pop(name) for name in list(arrays) if name.startswith("signal.")}
         self.signals = {name.removeprefix("signal."): x for name, x in signals.items()}
@@ -418,7 +460,9 @@ class PrunedKVCache:
         n = n or self.held.block
         positions = self.held.competing(n)
         scores = self.scorer.score(self.everything(), self.signals).astype(mx.float32)
-        scores = mx.where(positions < 0, -mx.inf, scores)
+        least = self.scorer.least
+        unwanted = (positions < 0) if least is None else (positions < 0) | (scores < least)
+        scores = mx.where(unwanted, -mx.inf, scores)
         if floor := self.turn_slots():
             safe = best_of_spans(order_key(scores, positions), positions, (0, *self.turns), floor)
             scores = mx.where(safe & (positions >= 0), mx.inf, scores)
@@ -474,16 +518,19 @@ class PrunedKVCache:
         start, total = 0, handle.keys.shape[2]
         while start < total:
             span = slice(start, min(total, start + self.room()))
-            self._write(handle.keys[:, :, span], handle.values[:, :, span], handle.start + start)
+            gates = None if handle.gates is None else handle.gates[:, :, span]
+            self._write(handle.keys[:, :, span], handle.values[:, :, span], handle.start + start, gates)
             view = self._view(handle.start + span.stop - 1)
             handle.blocks.append((span, view))
             yield span, view
             self._spill()
             start = span.stop
 
-    def _write(self, keys: mx.array, values: mx.array, start: int) -> None:
+    def _write(self, keys: mx.array, values: mx.array, start: int, gates: mx.array | None) -> None:
         """Put new tokens, whose first the model sees at position ``start``, into the ring."""
-        memory = self.scorer.first(keys, values) if self.scorer.memory else None
+        memory = None
+        if self.scorer.memory:
+            memory = self.scorer.first(keys, values) if gates is None else self.scorer.gated(gates)
         if self.settings.positions == "cache":
             keys = unrotate(self.rope, keys, start)
         self.held.write(keys, values, memory)

@@ -23,6 +23,7 @@ from mlx_kvprune import gguf
 from mlx_kvprune.blas import cache_dir
 from mlx_kvprune.fetch import Source, as_source, fetch, install, require_space, scratch, sha256
 from mlx_kvprune.gguf_reader import GGUF, read
+from mlx_kvprune.places import shipped
 from mlx_kvprune.progress import Bar, Progress
 
 if TYPE_CHECKING:
@@ -56,8 +57,7 @@ class ModelCard:
 
 def models_dir() -> Path:
     """The ``models/`` directory: beside the package in a checkout, inside it in an installed wheel."""
-    inside = Path(__file__).parent / "_models"
-    return inside if inside.is_dir() else Path(__file__).parents[1] / "models"
+    return shipped("models")
 
 
 def known_models() -> list[ModelCard]:

@@ -23,6 +23,8 @@ class Policy:
         summary: one line for ``mlx-kvprune policies``.
         window: newest tokens that are never evicted, unless the user says otherwise.
         block: tokens between two upkeeps (the trigger), likewise; at most a quarter of a budget in tokens.
+        allocator: how the budget is shared, likewise.
+        gates: the method whose learned gates it needs; empty if it needs none.
     """
 
     name: str
@@ -30,9 +32,13 @@ class Policy:
     summary: str
     window: int = DEFAULT_WINDOW
     block: int = DEFAULT_BLOCK
+    allocator: str = "uniform"
+    gates: str = ""
 
     def completed(self, settings: CacheSettings) -> CacheSettings:
         """The settings with what the user left open filled in."""
+        if settings.allocator == "auto":
+            settings = settings.but(allocator=self.allocator)
         window = self.window if settings.window is None else settings.window
         wanted = max(self.block, GLOBAL_BLOCK if settings.allocator == "global" else 0)
         tokens = settings.budget.tokens or 4 * wanted
@@ -54,6 +60,45 @@ POLICIES = {
         Policy("expected_attention", scorers.ExpectedAttention(), "attention that future queries are expected to give"),
         Policy("rkv", scorers.RKV(), "attention minus redundancy"),
         Policy("surprise", scorers.Surprise(), "tokens that the model did not expect, with decay (after Titans)"),
+        Policy(
+            "retention",
+            scorers.Retention(),
+            "what a learned gate says will last, with decay (TRIM-KV), all heads of all layers in one budget",
+            allocator="global",
+            gates="retention",
+        ),
+        Policy(
+            "spkv",
+            scorers.SPKV(),
+            "what a learned gate finds worth writing (SP-KV); holds more of text that needs more, within the budget",
+            window=128,
+            block=128,
+            allocator="head_adaptive",
+            gates="spkv",
+        ),
+        Policy(
+            "kvzap",
+            scorers.KVzap(),
+            "what a gate expects a second reading to attend to (KVzap)",
+            allocator="head_adaptive",
+            gates="kvzap",
+        ),
+        Policy(
+            "fastkvzip",
+            scorers.FastKVzip(),
+            "the same, by a sink-attention gate (Fast KVzip)",
+            allocator="global",
+            gates="fastkvzip",
+        ),
+        Policy(
+            "dms",
+            scorers.DMS(),
+            "what a gate does not evict, which it does a window later (DMS)",
+            window=256,
+            block=128,
+            allocator="head_adaptive",
+            gates="dms",
+        ),
         Policy(
             "probe", scorers.Probe(), "what the question attends to, in spans; needs a question", window=32, block=128
         ),

@@ -46,7 +46,8 @@ class CacheSettings:
 
     Attributes:
         policy: a name from ``mlx-kvprune policies``.
-        allocator: how the budget is shared over layers and heads: ``uniform``, ``pyramid``, ``head_adaptive``, ``global``.
+        allocator: how the budget is shared over layers and heads: ``uniform``, ``pyramid``, ``head_adaptive``, ``global``;
+            ``auto`` lets the policy choose.
         budget: the most that is held at any moment (see ``Budget``); sinks, window and ring are inside it.
         n_sink: first tokens of the text that are never evicted.
         window: newest tokens that are never evicted. None lets the policy choose.
@@ -66,12 +67,13 @@ class CacheSettings:
         head_floor: share of an equal budget that every head keeps under ``head_adaptive`` and ``global``.
         turn_floor: share of the pool that finished turns of a conversation keep, in equal parts (see ``end_turn``).
         seed: for policies that draw random numbers.
+        gates: file or hub repository of learned gates, for policies that need them; empty for those that belong to the model.
         question: token ids of the question, for policies that probe with it.
         options: hyper-parameters of the policy, by name, over its defaults.
     """
 
     policy: str = "window"
-    allocator: str = "uniform"
+    allocator: str = "auto"
     budget: Budget = field(default_factory=Budget)
     n_sink: int = 4
     window: int | None = None
@@ -89,6 +91,7 @@ class CacheSettings:
     head_floor: float = 0.2
     turn_floor: float = 0.5
     seed: int = 0
+    gates: str = ""
     question: tuple[int, ...] = ()
     options: tuple[tuple[str, Any], ...] = ()
 
@@ -187,7 +190,7 @@ class CacheSettings:
     def described(self) -> str:
         """In a few words, for people."""
         text = f"policy {self.policy}, budget {self.budget}"
-        text += "" if self.allocator == "uniform" else f", {self.allocator}"
+        text += "" if self.allocator in ("uniform", "auto") else f", {self.allocator}"
         bits = dict.fromkeys(str(bits or "all") for bits in (self.key_bits, self.value_bits))
         text += "" if list(bits) == ["all"] else f", {' and '.join(bits)} bits"
         return text + (", positions in the cache" if self.positions == "cache" else "")
@@ -211,7 +214,7 @@ class CacheSettings:
 
 DEFAULT_WINDOW, DEFAULT_BLOCK = 64, 32
 PAGE = 32  # slots of a page
-ALLOCATORS = ("uniform", "pyramid", "head_adaptive", "global")
+ALLOCATORS = ("uniform", "pyramid", "head_adaptive", "global", "auto")
 BITS = (8, 6, 5, 4, 3, 2)
 GROUP_SIZES = (32, 64, 128)
 SCHEMES = ("auto", "token", "channel", "page")

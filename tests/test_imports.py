@@ -6,6 +6,7 @@ from pathlib import Path
 import mlx_kvprune
 
 ORDER = [
+    "places",
     "blas",
     "settings",
     "numerics",
@@ -14,6 +15,7 @@ ORDER = [
     "quantize",
     "slots",
     "kernels",
+    "gates",
     "scorers",
     "storage",
     "allocators",
@@ -35,6 +37,7 @@ ORDER = [
     "models",
     "context",
     "documents",
+    "training",
     "evals",
     "bench",
     "cli",

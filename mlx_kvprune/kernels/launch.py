@@ -14,6 +14,8 @@ from typing import Any, cast
 
 import mlx.core as mx
 
+from mlx_kvprune.places import shipped
+
 Builder = Callable[..., Callable[..., list[mx.array]]]
 Size = tuple[int, int, int]
 SIMD = 32  # threads that run in step
@@ -101,8 +103,7 @@ def enough(x: mx.array) -> mx.array:
 
 def folder() -> Path:
     """The ``metal/`` directory: beside the package in a checkout, inside it in an installed wheel."""
-    inside = Path(__file__).parents[1] / "_metal"
-    return inside if inside.is_dir() else Path(__file__).parents[2] / "metal"
+    return shipped("metal")
 
 
 def _builder() -> Builder:

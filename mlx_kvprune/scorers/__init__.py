@@ -2,6 +2,7 @@
 
 from mlx_kvprune.scorers.base import Held, Scorer, Seen
 from mlx_kvprune.scorers.expected_attention import ExpectedAttention
+from mlx_kvprune.scorers.gated import DMS, SPKV, FastKVzip, KVzap, Retention
 from mlx_kvprune.scorers.h2o import H2O
 from mlx_kvprune.scorers.keydiff import KeyDiff
 from mlx_kvprune.scorers.knorm import KNorm
@@ -14,14 +15,19 @@ from mlx_kvprune.scorers.tova import Tova
 from mlx_kvprune.scorers.window import Window
 
 __all__ = [
+    "DMS",
     "H2O",
     "RKV",
+    "SPKV",
     "ExpectedAttention",
+    "FastKVzip",
     "Held",
     "KNorm",
+    "KVzap",
     "KeyDiff",
     "Probe",
     "Random",
+    "Retention",
     "Scorer",
     "Seen",
     "SnapKV",

@@ -78,12 +78,22 @@ class Scorer:
 
     Attributes:
         needs: what must be handed in beside keys and values: ``queries``, ``attention`` (weights), ``logits``,
-            ``question``, ``rope``.
+            ``question``, ``rope``, ``hidden`` (the attention's input, for a learned gate).
         memory: whether a number per slot is remembered between steps.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     memory: ClassVar[bool] = False
+
+    @property
+    def hears(self) -> bool:
+        """Whether later tokens change what is remembered of earlier ones, so that they cannot be taken back."""
+        return bool(self.needs - {"hidden"})
+
+    @property
+    def least(self) -> float | None:
+        """The score below which a token is dropped when it leaves the ring, whatever room there is; None for none."""
+        return None
 
     def check(self) -> None:
         """Raise ``ValueError`` where a hyper-parameter makes no sense."""
@@ -91,6 +101,10 @@ class Scorer:
     def first(self, keys: mx.array, values: mx.array) -> mx.array:
         """What is remembered of new tokens ``(B, H_kv, L, D)`` -> ``(B, H_kv, L)``; zero unless overridden."""
         return mx.zeros(keys.shape[:3])
+
+    def gated(self, raw: mx.array) -> mx.array:
+        """What is remembered of new tokens, from what their layer's gate said ``(B, H_kv, L)``."""
+        raise NotImplementedError
 
     def attended(self, memory: mx.array, weights: mx.array) -> mx.array:
         """The memory after a step's attention weights ``(B, H_kv, gqa_factor, L, S)`` -> ``(B, H_kv, S)``."""

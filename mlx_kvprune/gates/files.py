@@ -1,0 +1,223 @@
+"""Gate files: safetensors with a card, found beside the model, on the disk, or on the hub.
+
+The tensors are the gates' parameters, and some of the model's norms: its fingerprint. Norms are never quantized, so that one
+file serves every precision of a model, and no other model. The card is JSON in the file's metadata.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+
+from mlx_kvprune.gates.modules import Gates, GateShape
+from mlx_kvprune.places import shipped
+
+FORMAT = 1
+SUFFIX = ".safetensors"
+OF_MODEL = "model."  # prefix of the fingerprint's tensors
+MOST_NORMS, ALIKE = 6, 0.02  # tensors of a fingerprint; how far apart two precisions of one model may be, relative
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a gate file says of itself.
+
+    Attributes:
+        method: the policy that it is for.
+        model: what the gates were trained on, in words.
+        stage: how: ``utility`` or ``distill``.
+        data: texts they were trained on, with their licences.
+        tokens: how many of them.
+        minutes: that the training took, and on what.
+        budget: the budgets it was trained for, as fractions of the text.
+        thresholds: calibrated ones, by the share of tokens that they keep (``"1/4"``).
+        quality: rows of held-out measurements.
+        limits: what is known not to work.
+        licence: of the gates.
+        settings: of the training, by name.
+    """
+
+    method: str
+    model: str = ""
+    stage: str = ""
+    data: tuple[str, ...] = ()
+    tokens: int = 0
+    minutes: str = ""
+    budget: str = ""
+    thresholds: dict[str, float] = field(default_factory=dict)
+    quality: tuple[dict[str, Any], ...] = ()
+    limits: str = ""
+    licence: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+
+
+def fingerprint(model: nn.Module) -> dict[str, mx.array]:
+    """Some of a model's norms by name, float32: what tells it from others at any precision."""
+    flat = [(name, x) for name, x in tree_flatten(model.parameters()) if x.ndim == 1 and name.endswith("weight")]
+    norms = sorted((name, x) for name, x in flat if mx.issubdtype(x.dtype, mx.floating))
+    step = max(1, len(norms) // MOST_NORMS)
+    return {name: x.astype(mx.float32) for name, x in norms[::step][:MOST_NORMS]}
+
+
+def differs(model: nn.Module, saved: dict[str, mx.array]) -> str:
+    """Why a saved fingerprint is not this model's; empty if it is."""
+    own = fingerprint(model)
+    if set(own) != set(saved) or any(own[name].shape != saved[name].shape for name in own):
+        return "a model of other layers or widths"
+    for name, x in own.items():
+        y = saved[name].astype(mx.float32)
+        scale = float(mx.abs(y).mean().item()) or 1.0
+        if float(mx.abs(x - y).mean().item()) > ALIKE * scale:
+            return f"a model with another {name}"
+    return ""
+
+
+def save(path: str | Path, gates: Gates, model: nn.Module, card: Card) -> Path:
+    """Write a gate file, beside and renamed; parameters in float16.
+
+    Returns:
+        Where it is, with the suffix.
+    """
+    path = Path(path).expanduser()
+    path = path if path.name.endswith(SUFFIX) else path.with_name(path.name + SUFFIX)
+    arrays = {name: x.astype(mx.float16) for name, x in gates.arrays().items()}
+    arrays |= {OF_MODEL + name: x.astype(mx.bfloat16) for name, x in fingerprint(model).items()}
+    meta = {"format": str(FORMAT), "shape": json.dumps(asdict(gates.shape)), "card": json.dumps(asdict(card))}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(f".{path.name}.{os.getpid()}{SUFFIX}")
+    try:
+        mx.save_safetensors(str(beside), arrays, {"kvprune_gates": json.dumps(meta)})
+        os.replace(beside, path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return path
+
+
+def read_card(path: str | Path) -> Card:
+    """The card of a gate file, without its tensors."""
+    return _card(_header(Path(path)))
+
+
+def load(path: str | Path) -> tuple[Gates, Card, dict[str, mx.array]]:
+    """Gates, card and the fingerprint of the model that they belong to.
+
+    Raises:
+        ValueError: not a gate file, or a broken one.
+    """
+    path = Path(path)
+    meta = _header(path)
+    try:
+        fields = json.loads(meta["shape"])
+        shape = GateShape(**{k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()})
+        arrays: Any = mx.load(str(path))
+        gates = Gates(shape)
+        gates.restore({name: x for name, x in arrays.items() if not name.startswith(OF_MODEL)})
+        mx.eval(gates.parameters())
+    except (KeyError, TypeError, RuntimeError, ValueError) as error:
+        raise ValueError(
+            f"[gates] a broken gate file; got {path} ({str(error).splitlines()[0]}); try to get it again"
+        ) from error
+    if not all(np.isfinite(np.array(x)).all() for x in gates.arrays().values()):
+        raise ValueError(f"[gates] a gate file with numbers that are not finite; got {path}; try to get it again")
+    return gates, _card(meta), {k.removeprefix(OF_MODEL): x for k, x in arrays.items() if k.startswith(OF_MODEL)}
+
+
+def load_for(model: nn.Module, method: str, where: str = "") -> Gates:
+    """The gates of a method for a model: from a file, a hub repository, or those found with the embedded models.
+
+    Raises:
+        ValueError: there are none, they are of another method, or belong to another model.
+    """
+    if where:
+        path = located(where, method)
+        gates, card, owner = load(path)
+        if card.method != method:
+            raise ValueError(
+                f"[gates] policy {method!r} needs gates of its own; got {path.name} for {card.method!r}; "
+                f"try --policy {card.method}"
+            )
+        if reason := differs(model, owner):
+            raise ValueError(f"[gates] {path.name} belongs to another model; got {reason}; try `mlx-kvprune fit`")
+        return gates
+    for path in embedded(method):
+        gates, _, owner = load(path)
+        if not differs(model, owner):
+            return gates
+    raise ValueError(
+        f"[gates] policy {method!r} needs gates that were trained for this model; got none; try "
+        f"`mlx-kvprune fit --method {method}`, or --gates FILE"
+    )
+
+
+def embedded(method: str) -> list[Path]:
+    """The gate files that come with the package for a method."""
+    found = sorted(shipped("models").glob(f"*/gates*{SUFFIX}"))
+    return [path for path in found if read_card(path).method == method]
+
+
+def located(where: str, method: str) -> Path:
+    """The file that a user's ``--gates`` names: a path, a folder with gate files, or a hub repository (``owner/name``).
+
+    Raises:
+        ValueError: there is no such thing.
+    """
+    path = Path(where).expanduser()
+    if path.is_file():
+        return path
+    if path.is_dir():
+        return _of_method(sorted(path.glob(f"*{SUFFIX}")), method, where)
+    if where.count("/") == 1 and not where.endswith(SUFFIX) and not where.startswith((".", "~", "/")):
+        from mlx_kvprune.gates.hub import pull
+
+        return _of_method(sorted(pull(where).glob(f"*{SUFFIX}")), method, where)
+    raise ValueError(f"[gates] no such file or repository; got {where!r}; try a path, or owner/name on the hub")
+
+
+def _of_method(paths: list[Path], method: str, where: str) -> Path:
+    known = {read_card(path).method: path for path in paths if _is_gate_file(path)}
+    if method not in known:
+        held = ", ".join(known) or "no gate files"
+        raise ValueError(f"[gates] nothing for policy {method!r} in {where}; got {held}; try another --policy")
+    return known[method]
+
+
+def _is_gate_file(path: Path) -> bool:
+    try:
+        _header(path)
+    except ValueError:
+        return False
+    return True
+
+
+def _header(path: Path) -> dict[str, str]:
+    """The metadata of a gate file."""
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            if not 2 <= size <= 1 << 24:
+                raise ValueError("not safetensors")
+            header = json.loads(file.read(size))
+        meta = json.loads(header["__metadata__"]["kvprune_gates"])
+        if int(meta["format"]) > FORMAT:
+            raise ValueError(f"[gates] written by a newer version; got {path}; try to update mlx-kvprune")
+        return meta
+    except OSError as error:
+        raise ValueError(f"[gates] cannot read {path}; got {error.strerror}; try another --gates") from error
+    except (ValueError, KeyError, TypeError) as error:
+        if str(error).startswith("[gates]"):
+            raise
+        raise ValueError(f"[gates] not a gate file; got {path}; try one that `mlx-kvprune fit` wrote") from error
+
+
+def _card(meta: dict[str, str]) -> Card:
+    fields = json.loads(meta["card"])
+    known = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items() if k in Card.__dataclass_fields__}
+    return Card(**known)

@@ -1,0 +1,106 @@
+"""Scores of learned gates: what a gate's number means for a slot that is held."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mlx_kvprune.scorers.base import Held, Scorer, State, require
+
+
+def log_sigmoid(x: mx.array) -> mx.array:
+    """``log(1 / (1 + exp(-x)))``, float32; exact for large ``x``, where it is ``-exp(-x)``."""
+    x = x.astype(mx.float32)
+    return mx.minimum(x, 0.0) - mx.log1p(mx.exp(-mx.abs(x)))
+
+
+@dataclass(frozen=True)
+class Retention(Scorer):
+    """``score_i(t) = (t + 1 - i) log beta_i`` with ``beta_i = sigmoid(gate(h_i))``: what is left of token i after geometric decay.
+
+    Bui et al. 2025, "Cache What Lasts: Token Retention for Memory-Bounded KV Cache in LLMs" (arXiv 2512.03324); with
+    allocator ``global`` all heads of all layers compete, as in its successor. Scores with different slopes cross as time
+    passes, so that they are computed anew at every upkeep.
+    """
+
+    needs = frozenset({"hidden"})
+    memory = True
+
+    def gated(self, raw: mx.array) -> mx.array:
+        return log_sigmoid(raw)
+
+    def score(self, held: Held, state: State) -> mx.array:
+        assert held.memory is not None
+        age = (held.now + 1 - held.positions).astype(mx.float32)
+        return age * held.memory
+
+
+@dataclass(frozen=True)
+class WriteGate(Scorer):
+    """A score that does not change: the gate's number, and below ``threshold`` a token is dropped when it leaves the ring.
+
+    Attributes:
+        threshold: in the method's own unit; None drops nothing, so that only the budget decides.
+    """
+
+    threshold: float | None = None
+
+    needs = frozenset({"hidden"})
+    memory = True
+
+    def gated(self, raw: mx.array) -> mx.array:
+        return raw.astype(mx.float32)
+
+    def score(self, held: Held, state: State) -> mx.array:
+        assert held.memory is not None
+        return held.memory
+
+    @property
+    def least(self) -> float | None:
+        return self.threshold
+
+
+@dataclass(frozen=True)
+class SPKV(WriteGate):
+    """``u_i = sigmoid(gate(h_i))``: the chance that a token is of use beyond the window; kept iff ``u_i >= threshold``.
+
+    The SP-KV write gate: inside the window everything is visible, what leaves it is written to the long-term store or never.
+    How much is held depends on the text; the budget stays a hard cap, within which larger ``u`` win.
+
+    Attributes:
+        threshold: 0.01 to 0.99: smaller holds more.
+    """
+
+    threshold: float | None = 0.5
+
+    def check(self) -> None:
+        good = self.threshold is None or 0 <= self.threshold < 1
+        require("threshold", self.threshold, good, "0.5")
+
+    def gated(self, raw: mx.array) -> mx.array:
+        return mx.sigmoid(raw.astype(mx.float32))
+
+
+@dataclass(frozen=True)
+class KVzap(WriteGate):
+    """The gate's number is ``log max_j a_ji |W_o v_i| / |h_j|``, what a second reading of the text would attend to.
+
+    "KVzap: Fast, Adaptive, and Faithful KV Cache Pruning" (NVIDIA 2026, arXiv 2601.07891). The threshold belongs to the model: gate
+    files hold calibrated ones.
+    """
+
+
+@dataclass(frozen=True)
+class FastKVzip(WriteGate):
+    """The gate's number is the log of a score in 0 to 1 that was distilled from KVzip's (arXiv 2601.17668)."""
+
+
+@dataclass(frozen=True)
+class DMS(WriteGate):
+    """Evicted where the gate's logit is positive, but only ``window`` tokens later: delayed eviction (arXiv 2506.05345)."""
+
+    threshold: float | None = 0.0
+
+    def gated(self, raw: mx.array) -> mx.array:
+        return -raw.astype(mx.float32)
