@@ -150,7 +150,7 @@ def make_from_settings(model: nn.Module, settings: CacheSettings) -> list[Any]:
         _tell_gate(model, cache)
         return cache
 
-    return _replaced(model, make)
+    return replaced(model, make)
 
 
 def _most_times(settings: CacheSettings, heads: int, layers: int) -> int:
@@ -210,7 +210,7 @@ def hooked(model: nn.Module) -> Attachment:
     if SLOT in model.__dict__:
         return model.__dict__[SLOT]
     rebind.acquire()
-    rung = find_rung(model, lambda fn: _replaced(model, fn))
+    rung = find_rung(model, lambda fn: replaced(model, fn))
     if rung.name == "refuse":
         rebind.release()
         raise ValueError(f"[attach] {_type_of(model)} cannot be bounded; got {rung.reason}; try another model type")
@@ -358,7 +358,7 @@ def _try_ranks(model: nn.Module, rung: Rung) -> str:
             check_rankable(rope)
     except ValueError as error:
         return str(error).removeprefix("[positions] ").split("; try")[0]
-    reason = why_unranked(model, lambda fn: _replaced(model, fn), ropes, rung.name == "uniform")
+    reason = why_unranked(model, lambda fn: replaced(model, fn), ropes, rung.name == "uniform")
     return reason and f"cache positions need keys that come straight from the rotary module; got {reason}"
 
 
@@ -395,7 +395,7 @@ def _stock_caches(model: nn.Module) -> list[Any]:
     return [KVCache() for _ in range(len(model.layers))]  # type: ignore[arg-type]
 
 
-def _replaced(model: nn.Module, fn: Callable[[int], Any]) -> list[Any]:
+def replaced(model: nn.Module, fn: Callable[[int], Any]) -> list[Any]:
     """The model's own caches, every plain ``KVCache`` replaced by ``fn(index)``, also inside ``CacheList``."""
     from mlx_lm.models.cache import CacheList, KVCache
 

@@ -83,7 +83,7 @@ def _read(path: Path) -> str:
 
 
 def _lines(path: Path, content: str) -> list[Document]:
-    return [_document(path, i, line) for i, line in enumerate(content.splitlines(), 1) if line.strip()]
+    return [_document(path, i, line) for i, line in enumerate(content.split("\n"), 1) if line.strip()]
 
 
 def _document(path: Path, number: int, line: str) -> Document:
