@@ -18,6 +18,7 @@ from mlx_kvprune.training.objective import (
     decay_biases,
     divergence,
     held_by_decay,
+    spared,
     surprisal,
 )
 from mlx_kvprune.training.reading import SEGMENT, Reading
@@ -34,7 +35,8 @@ class Recipe:
     Attributes:
         target: ``budget`` or ``decay`` (see ``objective``).
         steps: of the optimizer, a segment each.
-        rate: of learning at its highest.
+        rate: of learning at its highest, of the weights.
+        bias_rate: of the biases: they say what a head gets beside the others, and are few.
         warm: temperature of the first step, ``budget`` only; it falls geometrically to ``cold``.
         cold: of the last.
         shares: budgets as shares of the text, drawn between these, evenly in the logarithm.
@@ -47,8 +49,9 @@ class Recipe:
 
     target: str = "budget"
     steps: int = 600
-    rate: float = 2e-3
-    warm: float = 1.0
+    rate: float = 3e-4
+    bias_rate: float = 2e-2
+    warm: float = 0.5
     cold: float = 0.2
     shares: tuple[float, float] = (1 / 16, 1 / 3)
     capacity: float = 1.0
@@ -106,7 +109,8 @@ def loss_of(
         biases = decay_biases(raws, start, length, example.bounds)
     else:
         biases = budget_biases(raws, start, length, example.bounds, heat)
-    logits = run(model, reading, start, length, biases)
+    window = recipe.target == "budget"
+    logits = run(model, reading, start, length, biases, spared(start, length, example.bounds, window))
     span = slice(start, start + length)
     kl = divergence(logits, reading.top[span], reading.top_ids[span])
     total = kl
@@ -129,7 +133,7 @@ def held_out(
         for share in (4, 8, 16):
             bounds = bounds_of(len(reading.tokens) // share, recipe)
             biases = budget_biases(raws, start, SEGMENT, bounds, HARD)
-            logits = run(model, reading, start, SEGMENT, biases)
+            logits = run(model, reading, start, SEGMENT, biases, spared(start, SEGMENT, bounds))
             kl = divergence(logits, reading.top[start:], reading.top_ids[start:])
             found.setdefault(f"1/{share}", []).append(float(kl.item()))
     return {share: float(np.mean(x)) for share, x in found.items()}
@@ -142,14 +146,13 @@ class Distiller:
         self.gates, self.model, self.whitening, self.recipe = gates, model, whitening, recipe
         self.done = 0
         warmup = min(50, max(1, recipe.steps // 10))
-        rate = optim.join_schedules(
-            [
-                optim.linear_schedule(recipe.rate / 10, recipe.rate, warmup),
-                optim.cosine_decay(recipe.rate, recipe.steps),
-            ],
-            [warmup],
-        )
-        self.optimizer = optim.AdamW(learning_rate=rate, weight_decay=0.0, betas=[0.9, 0.98])
+        rising = lambda rate: optim.linear_schedule(rate / 10, rate, warmup)
+        rates = [
+            optim.join_schedules([rising(rate), optim.cosine_decay(rate, recipe.steps)], [warmup])
+            for rate in (recipe.bias_rate, recipe.rate)
+        ]
+        kinds = [optim.AdamW(learning_rate=rate, weight_decay=0.0, betas=[0.9, 0.98]) for rate in rates]
+        self.optimizer = optim.MultiOptimizer(kinds, [lambda name, x: name.endswith(".bias")])
 
     def step(self, readings: Sequence[Reading]) -> tuple[float, float]:
         """One step on a segment of one of the readings; returns loss and divergence."""

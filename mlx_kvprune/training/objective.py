@@ -60,14 +60,9 @@ def ages(start: int, length: int) -> mx.array:
 
 
 def decay_biases(raws: Sequence[mx.array], start: int, length: int, bounds: Bounds) -> list[mx.array]:
-    """TRIM-KV's: ``(t - i) log beta_i`` for every slot that is no sink; of each layer ``(H_kv, length, start + length)``."""
-    age = ages(start, length)
-    free = mx.arange(start + length) < bounds.n_sink
-    out = []
-    for raw in raws:
-        bias = mx.maximum(age, 0.0) * log_sigmoid(raw)[:, None]
-        out.append(mx.where(age < 0, -mx.inf, mx.where(free, 0.0, bias)))
-    return out
+    """TRIM-KV's: ``(t - i) log beta_i``; of each layer ``(H_kv, length, start + length)``."""
+    age = mx.maximum(ages(start, length), 0.0)
+    return [age * log_sigmoid(raw)[:, None] for raw in raws]
 
 
 def held_by_decay(raws: Sequence[mx.array], start: int, length: int, bounds: Bounds) -> mx.array:
@@ -90,23 +85,27 @@ def held_by_decay(raws: Sequence[mx.array], start: int, length: int, bounds: Bou
 def budget_biases(
     raws: Sequence[mx.array], start: int, length: int, bounds: Bounds, temperature: float
 ) -> list[mx.array]:
-    """Ours: log of the chance that a slot is still held; of each layer ``(H_kv, length, start + length)``."""
+    """Ours: log of the chance that a slot is still held; of each layer ``(H_kv, length / STEP, start + length)``."""
     worths = [worth(raw) for raw in raws]
-    taus = thresholds(worths, start, length, bounds)  # (heads, length)
-    age = ages(start, length)
-    log_age = mx.log(mx.maximum(age, 1.0))
-    kept = (age < bounds.window) | (mx.arange(start + length) < bounds.n_sink)
+    taus = thresholds(worths, start, length, bounds)  # (heads, length / STEP)
+    middle = mx.arange(start + STEP // 2, start + length, STEP)[:, None]
+    log_age = mx.log(mx.maximum((middle - mx.arange(start + length)).astype(mx.float32), 1.0))
     out, first = [], 0
     for one in worths:
         tau = mx.array(taus[first : first + one.shape[0]])[:, :, None]
         first += one.shape[0]
-        bias = log_sigmoid((one[:, None] - log_age - tau) / temperature)
-        out.append(mx.where(age < 0, -mx.inf, mx.where(kept, 0.0, bias)))
+        out.append(log_sigmoid((one[:, None] - log_age - tau) / temperature))
     return out
 
 
+def spared(start: int, length: int, bounds: Bounds, window: bool = True) -> mx.array:
+    """Sinks and, if wanted, the window: slots that are held in any case ``(length, start + length)`` bool."""
+    sinks = mx.broadcast_to(mx.arange(start + length) < bounds.n_sink, (length, start + length))
+    return sinks | (ages(start, length) < bounds.window) if window else sinks
+
+
 def thresholds(worths: Sequence[mx.array], start: int, length: int, bounds: Bounds) -> np.ndarray:
-    """The score at which a slot is just held, of each head and query ``(heads, length)`` float32; no gradient."""
+    """The score at which a slot is just held, of each head and ``STEP`` queries ``(heads, length / STEP)``; no gradient."""
     static = np.concatenate([np.array(mx.stop_gradient(x)) for x in worths])  # (heads, start + length)
     columns = []
     for first in range(start, start + length, STEP):
@@ -114,7 +113,7 @@ def thresholds(worths: Sequence[mx.array], start: int, length: int, bounds: Boun
         now = (first + stop) // 2
         of = np.arange(bounds.n_sink, max(bounds.n_sink, now - bounds.window))
         scores = static[:, of] - np.log(now - of) if len(of) else np.zeros((len(static), 0))
-        columns += [_levels(scores, bounds)] * (stop - first)
+        columns.append(_levels(scores, bounds))
     return np.stack(columns, axis=1).astype(np.float32)
 
 

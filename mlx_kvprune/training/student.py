@@ -19,12 +19,15 @@ class StudentLayer:
     Args:
         keys: of the context ``(1, H_kv, c, D)``.
         values: ``(1, H_kv, c, D_v)``.
-        bias: added to the logits of each KV head's queries ``(H_kv, L, c + L)``; minus infinity for what is to come.
+        bias: added to the logits of each KV head's queries ``(H_kv, L / n, c + L)``: ``n`` neighbours have one in common.
+        spared: what no bias is added to ``(L, c + L)`` bool.
     """
 
-    def __init__(self, keys: mx.array, values: mx.array, bias: mx.array):
-        self.keys, self.values, self.bias = keys, values, bias
+    def __init__(self, keys: mx.array, values: mx.array, bias: mx.array, spared: mx.array):
+        self.keys, self.values, self.bias, self.spared = keys, values, bias, spared
         self.offset = keys.shape[2]
+        ahead = mx.arange(spared.shape[1]) > mx.arange(self.offset, spared.shape[1])[:, None]
+        self.causal = mx.where(ahead, -mx.inf, 0.0)
 
     def stage(self, x: mx.array) -> None:
         """The gates of the segment were read off the full cache's own reading."""
@@ -44,7 +47,7 @@ class StudentLayer:
         heads, slots = keys.shape[1], keys.shape[2]
         grouped = (queries * scale).reshape(batch, heads, -1, width)
         logits = (grouped @ keys.swapaxes(-1, -2)).reshape(batch, heads, n_heads // heads, length, slots)
-        logits = logits + self.bias[None, :, None]
+        logits = mx.where(self.spared, logits, self._biased(logits)) + self.causal
         if sinks is not None:
             extra = mx.broadcast_to(sinks.reshape(1, heads, -1, 1, 1), (*logits.shape[:-1], 1))
             weights = mx.softmax(mx.concatenate([logits, extra], axis=-1), axis=-1)[..., :-1]
@@ -54,17 +57,26 @@ class StudentLayer:
         return out.reshape(batch, n_heads, length, -1)
 
 
-def run(model: nn.Module, reading: Reading, start: int, length: int, biases: Sequence[mx.array]) -> mx.array:
+    def _biased(self, logits: mx.array) -> mx.array:
+        """``(1, H_kv, group, L, S)`` with the bias added."""
+        split = (*logits.shape[:3], self.bias.shape[1], -1, logits.shape[4])
+        return (logits.reshape(split) + self.bias[None, :, None, :, None]).reshape(logits.shape)
+
+
+def run(
+    model: nn.Module, reading: Reading, start: int, length: int, biases: Sequence[mx.array], spared: mx.array
+) -> mx.array:
     """Logits ``(length, vocab)`` of the tokens ``start .. start + length - 1``, over the full cache's context.
 
     Args:
-        biases: of each bounded layer ``(H_kv, length, start + length)``.
+        biases: of each bounded layer ``(H_kv, length / n, start + length)``.
+        spared: what no bias is added to ``(length, start + length)`` bool.
     """
     whole = lambda x: x[None, :, :start].astype(mx.float32)
 
     def layer(i: int) -> StudentLayer:
         one = reading.layers[i]
-        return StudentLayer(whole(one.keys), whole(one.values), biases[i])
+        return StudentLayer(whole(one.keys), whole(one.values), biases[i], spared)
 
     caches = replaced(model, layer)
     theirs = [c for c in flat(caches) if not isinstance(c, StudentLayer)]
