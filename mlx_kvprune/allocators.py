@@ -10,6 +10,7 @@ The first two are settled before the first token (``slots_per_layer``), the othe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -78,8 +79,12 @@ def pyramid(mean: int, n_layers: int, settings: CacheSettings) -> list[int]:
 
 
 def floor_pages(pages: int, heads: int, settings: CacheSettings, protected: int = 0) -> int:
-    """Pages that every head keeps, of ``pages`` for ``heads``: the safeguard, and room for ``protected`` slots."""
-    return max(min(-(-protected // PAGE), pages // heads), int(settings.head_floor * pages / heads))
+    """Pages that every head keeps, of ``pages`` for ``heads``: the safeguard, and room for ``protected`` slots.
+
+    Rounded up: at small budgets a fifth of a share is less than a page, and a head with nothing loses what it is for.
+    """
+    safeguard, wanted = math.ceil(settings.head_floor * pages / heads), -(-protected // PAGE)
+    return min(max(safeguard, wanted), pages // heads)
 
 
 def share_pages(ranked: Sequence[np.ndarray], pages: int, floor: int, units: int) -> np.ndarray:

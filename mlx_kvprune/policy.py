@@ -64,6 +64,7 @@ POLICIES = {
             "retention",
             scorers.Retention(),
             "what a learned gate says will last, with decay (TRIM-KV), all heads of all layers in one budget",
+            window=16,
             allocator="global",
             gates="retention",
         ),

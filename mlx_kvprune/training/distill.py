@@ -51,13 +51,13 @@ class Recipe:
     steps: int = 600
     rate: float = 3e-4
     bias_rate: float = 2e-2
-    warm: float = 0.5
-    cold: float = 0.2
+    warm: float = 0.4
+    cold: float = 0.15
     shares: tuple[float, float] = (1 / 16, 1 / 3)
     capacity: float = 1.0
     surprisal: float = 0.0
     shared: bool = True
-    window: int = 64
+    window: int = 16
     seed: int = 0
 
 

@@ -11,6 +11,7 @@ Two ways to make eviction differentiable, for the same rule at inference (rank b
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -18,6 +19,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_kvprune.scorers.gated import log_sigmoid
+from mlx_kvprune.settings import PAGE
 
 STEP = 64  # queries that share a threshold
 
@@ -36,7 +38,7 @@ class Bounds:
     """
 
     slots: int
-    window: int = 64
+    window: int = 16
     block: int = 128
     n_sink: int = 4
     head_floor: float = 0.2
@@ -125,10 +127,12 @@ def _levels(scores: np.ndarray, bounds: Bounds) -> np.ndarray:
     ranked = -np.sort(-scores, axis=1)
     if not bounds.shared:
         return ranked[:, bounds.pool - 1]
-    floor = int(bounds.head_floor * bounds.pool)
+    floor = min(bounds.pool, PAGE * math.ceil(bounds.head_floor * bounds.pool / PAGE))
     lowest = ranked[:, floor - 1] if floor else np.full(heads, np.inf)
     rest = ranked[:, floor:].reshape(-1)  # what is competed for once every head has its floor
     room = heads * (bounds.pool - floor)
+    if not room:
+        return lowest
     level = np.partition(rest, len(rest) - room)[len(rest) - room]
     return np.minimum(lowest, level)
 
