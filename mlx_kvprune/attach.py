@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -254,14 +254,25 @@ def _stepwise(model_class: type) -> type:
 def _gated(attention_class: type) -> type:
     """A subclass of a model's own attention that shows its input to the caches that want it."""
 
+    first = list(inspect.signature(attention_class.__call__).parameters)[1]  # some models call it by name
+
     @functools.wraps(attention_class.__call__)
-    def call(self: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-        for cache in (*args, *kwargs.values()):
-            if (stage := getattr(cache, "stage", None)) is not None:
-                stage(x)
-        return attention_class.__call__(self, x, *args, **kwargs)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        x = args[0] if args else kwargs.get(first)
+        for stage in _stages((*args, *kwargs.values())):
+            stage(x)
+        return attention_class.__call__(self, *args, **kwargs)
 
     return _named_after(attention_class, call)
+
+
+def _stages(arguments: Iterable[Any]) -> Iterator[Callable[[Any], None]]:
+    """The ``stage`` of every cache among arguments, also inside mlx-lm's ``CacheList``."""
+    for cache in arguments:
+        if (stage := getattr(cache, "stage", None)) is not None:
+            yield stage
+        elif (inner := getattr(cache, "caches", None)) is not None:
+            yield from _stages(inner)
 
 
 def tell_ropes(model: nn.Module, bounded: list[PrunedKVCache]) -> None:
@@ -293,13 +304,33 @@ def gates_of(model: nn.Module, settings: CacheSettings) -> Gates:
     method = policy_for(settings)[0].gates
     key = (method, settings.gates)
     if key not in attachment.gates:
-        attachment.gates[key] = gate_files.load_for(model, method, settings.gates)
+        attachment.gates[key] = _fitting(attachment.rung, gate_files.load_for(model, method, settings.gates))
     return attachment.gates[key]
 
 
 def use_gates(model: nn.Module, method: str, gates: Gates) -> None:
-    """Give a model gates of a method that were not read from a file; caches that are made from now on use them."""
-    hooked(model).gates[method, ""] = gates
+    """Give a model gates of a method that were not read from a file; caches that are made from now on use them.
+
+    Raises:
+        ValueError: they are not for as many layers and KV heads as the model's bounded layers have.
+    """
+    attachment = hooked(model)
+    attachment.gates[method, ""] = _fitting(attachment.rung, gates)
+
+
+def _fitting(rung: Rung, gates: Gates) -> Gates:
+    heads = tuple(layer.shape.n_kv_heads for layer in rung.layers)
+    if gates.shape.heads != heads:
+        raise ValueError(
+            f"[gates] of other KV heads than the model's layers, {_counted(heads)}; got {_counted(gates.shape.heads)}; "
+            "try gates that were trained for this model"
+        )
+    return gates
+
+
+def _counted(heads: tuple[int, ...]) -> str:
+    """``30 x 3``: layers and KV heads."""
+    return f"{len(heads)} x {'/'.join(map(str, dict.fromkeys(heads)))}"
 
 
 def _named_after(parent: type, call: Callable[..., Any]) -> type:
@@ -323,6 +354,11 @@ def _check_full(settings: CacheSettings) -> None:
 def _check_policy(rung: Rung, policy: Policy, settings: CacheSettings) -> None:
     assert policy.scorer is not None
     needs = policy.scorer.needs
+    if rung.name == "uniform" and policy.scorer.least is not None:
+        raise ValueError(
+            f"[threshold] policy {policy.name!r} drops tokens of some heads only, which this model cannot take; got "
+            f"{rung.reason}; try --policy-option threshold=null with --allocator uniform"
+        )
     if rung.name == "uniform" and settings.ragged:
         raise ValueError(
             f"[allocator] {settings.allocator} lets heads hold differently many slots, which this model cannot take; got "

@@ -90,7 +90,7 @@ class PrunedKVCache:
         # positions are those in the cache, it grows to ``frame`` and stays there: only distances matter
         self.frame = 0 if slots is None else slots * (MOST_HEADS if self.settings.ragged else 1)
         block, ranked = self.settings.block or 0, self.settings.positions == "cache"
-        specs = pool_specs(self.settings, slots)
+        specs = pool_specs(self.settings, slots, self.scorer.least is not None)
         n_sink = self.settings.n_sink
         self.held = LayerSlots(self.settings.ring_size, block, n_sink, specs, self.scorer.memory, ranked)
         self.signals: State = {}
@@ -460,13 +460,12 @@ class PrunedKVCache:
         n = n or self.held.block
         positions = self.held.competing(n)
         scores = self.scorer.score(self.everything(), self.signals).astype(mx.float32)
-        least = self.scorer.least
-        unwanted = (positions < 0) if least is None else (positions < 0) | (scores < least)
-        scores = mx.where(unwanted, -mx.inf, scores)
+        scores = mx.where(positions < 0, -mx.inf, scores)
+        wanted = scores if self.scorer.least is None else mx.where(scores < self.scorer.least, -mx.inf, scores)
         if floor := self.turn_slots():
             safe = best_of_spans(order_key(scores, positions), positions, (0, *self.turns), floor)
-            scores = mx.where(safe & (positions >= 0), mx.inf, scores)
-        return self.held.contest(n, scores)
+            wanted = mx.where(safe & (positions >= 0), mx.inf, wanted)
+        return self.held.contest(n, wanted)
 
     def turn_slots(self) -> int:
         """Slots per KV head that each finished turn keeps."""

@@ -53,7 +53,7 @@ def forward(call: Call, inputs: mx.array, caches: Any, **kwargs: Any) -> mx.arra
         return call(inputs, cache=caches, **kwargs)
     finally:
         for cache in bounded:
-            cache.fetched = None
+            cache.fetched = cache.staged = None  # layers that share an earlier one's keys stage in vain
         if bounded[0].settings.allocator == "global":  # each layer has its peak at a time of its own
             first = bounded[0]
             first.nbytes_peak_all = max(first.nbytes_peak_all, sum(c.nbytes for c in bounded))

@@ -128,9 +128,26 @@ def policy_for(settings: CacheSettings) -> tuple[Policy, CacheSettings]:
         options.setdefault("n_sink", settings.n_sink)
     scorer: Any = policy.scorer
     replace(scorer, **options).check()
+    _check_threshold(replace(scorer, **options), settings)
     if "last" in known:  # as published, the observation window is never evicted: its queries find their own time
         options["last"] = min(options.get("last", known["last"]), settings.window)
     return replace(policy, scorer=replace(scorer, **options)), settings
+
+
+def _check_threshold(scorer: Scorer, settings: CacheSettings) -> None:
+    """Refuse what cannot be combined with a scorer that drops tokens of one head and keeps them in another."""
+    if scorer.least is None:
+        return
+    for wrong, got, hint in (
+        (not settings.ragged, f"allocator {settings.allocator}", "--allocator head_adaptive or global"),
+        (settings.kv_fine_tokens > 0, f"{settings.kv_fine_tokens} fine tokens", "--kv-fine-tokens 0"),
+        (settings.paged, "pages that are quantized whole", "another --kv-scheme"),
+    ):
+        if wrong:
+            raise ValueError(
+                f"[threshold] policy {settings.policy!r} drops tokens below {scorer.least:g}, each head its own, so that "
+                f"heads hold differently many; got {got}; try {hint}, or --policy-option threshold=null"
+            )
 
 
 def find(name: str) -> Policy:

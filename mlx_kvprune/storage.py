@@ -37,12 +37,16 @@ class LayerShape:
         return (self.key_dim + self.value_dim) * self.itemsize
 
 
-def pool_specs(settings: CacheSettings, slots: int | None) -> tuple[PoolSpec, ...]:
-    """The pools of a layer that holds ``slots`` per KV head with its ring and sinks; None for no bound."""
+def pool_specs(settings: CacheSettings, slots: int | None, sifted: bool = False) -> tuple[PoolSpec, ...]:
+    """The pools of a layer that holds ``slots`` per KV head with its ring and sinks; None for no bound.
+
+    Args:
+        sifted: whether the scorer has a threshold, below which tokens are dropped.
+    """
     limit = UNBOUNDED if slots is None else slots - settings.ring_size - settings.n_sink
     fine = settings.kv_fine_tokens
     keys, values = key_codec(settings, settings.key_bits), value_codec(settings, settings.value_bits)
-    coarse = PoolSpec(limit - fine, keys, values, settings.ragged, TOOLS)
+    coarse = PoolSpec(limit - fine, keys, values, settings.ragged, TOOLS, sifted and settings.ragged)
     if not fine:
         return (coarse,)
     bits = settings.kv_fine_bits

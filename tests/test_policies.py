@@ -11,6 +11,7 @@ import pytest
 import reference
 import tiny_models as zoo
 from mlx_lm.generate import generate_step
+from tiny_gates import LIKE_OTHERS, given_gates
 
 import mlx_kvprune as kvp
 from mlx_kvprune.attach import settings_from
@@ -18,21 +19,28 @@ from mlx_kvprune.forward import pruned
 from mlx_kvprune.policy import POLICIES
 
 MODELS = ("llama", "gemma3_text")
-LENGTH, SHORT, DECODED = 700, 230, 40
+LENGTH, SHORT, DECODED, WORDS = 700, 230, 40, 1024
 ROOMY, BYTES = 2000, "220KB"
 STEPS = {"smallest": (7, 64, 500), 150: (64, 500), 300: (500,), BYTES: (7, 500)}  # against 2,048, all in one call
-SETTINGS = {"probe": {"question": (3, 77, 12, 9, 100)}}
+SETTINGS = {"probe": {"question": (3, 77, 12, 9, 100)}, **LIKE_OTHERS}  # as they are made for: tests/gates
 BOUNDED = tuple(name for name in POLICIES if name != "full")
 
 
 @cache
 def model_of(name: str) -> nn.Module:
-    return zoo.tiny_model(name)
+    return zoo.tiny_model(name, vocab_size=WORDS)
+
+
+@pytest.fixture(autouse=True)
+def _with_gates():
+    """Random gates, for the policies that ask some; a model loses them when it is detached."""
+    for name in MODELS:
+        given_gates(model_of(name))
 
 
 def text(length: int = LENGTH) -> mx.array:
-    """Random token ids ``(1, length)``."""
-    return mx.random.randint(0, zoo.VOCAB, (1, LENGTH), key=mx.random.key(9))[:, :length]
+    """Random token ids ``(1, length)``, none twice: gates of the first layer would tell equal ones apart by rounding."""
+    return mx.random.permutation(WORDS, key=mx.random.key(9)).astype(mx.int32)[None, :length]
 
 
 @pytest.fixture(autouse=True)

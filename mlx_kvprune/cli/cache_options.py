@@ -35,7 +35,17 @@ Allocator = Annotated[
         panel=CACHE,
         metavar="NAME",
         help="How the budget is shared: uniform; pyramid (less in later layers); head_adaptive (the heads of a layer "
-        "compete); global (all heads of all layers do).",
+        "compete); global (all heads of all layers do); auto (the policy's own way, see `policies`).",
+    ),
+]
+Gates = Annotated[
+    str,
+    option(
+        "--gates",
+        panel=CACHE,
+        metavar="PATH|REPO",
+        help="Learned gates, for policies that need them: a file that `fit` wrote, a folder of them, or a repository on the "
+        "hub. Default: those that belong to the model.",
     ),
 ]
 HeadFloor = Annotated[
@@ -143,7 +153,8 @@ class CacheOptions:
 
     policy: Policy = "window"
     budget: Budget = "1024"
-    allocator: Allocator = "uniform"
+    allocator: Allocator = "auto"
+    gates: Gates = ""
     head_floor: HeadFloor = 0.2
     turn_floor: TurnFloor = 0.5
     sinks: Sinks = 4
@@ -184,13 +195,15 @@ def settings_of(options: CacheOptions, seed: int = 0, **more: Any) -> CacheSetti
 
 def without_effect(settings: CacheSettings) -> Iterator[tuple[str, Any, str]]:
     """Fields that were set but change nothing beside the others: name, value, and what to do."""
-    from mlx_kvprune.policy import find
+    from mlx_kvprune.policy import POLICIES, find
 
-    full = find(settings.policy).scorer is None
+    policy = find(settings.policy)
+    full = policy.scorer is None
     quantized = settings.key_bits is not None or settings.value_bits is not None
     for names, idle, why in (
         (BIT_FIELDS, full, "another policy: full is mlx-lm's own cache, as the model makes it"),
-        (("allocator",), full, "another policy: full is mlx-lm's own cache"),
+        (("allocator",), full and settings.allocator != policy.allocator, "another policy: full is mlx-lm's own cache"),
+        (("gates",), not policy.gates, f"it with --policy {' or '.join(p.name for p in POLICIES.values() if p.gates)}"),
         (("kv_scheme", "kv_group_size", "kv_hadamard", "kv_fine_tokens"), not quantized, "it with --kv-bits 4"),
         (("kv_fine_bits",), not settings.kv_fine_tokens, "it with --kv-fine-tokens 64"),
         (("head_floor",), not settings.ragged, "it with --allocator head_adaptive"),
@@ -223,8 +236,14 @@ def policy_options(policy: str, texts: list[str]) -> dict[str, Any]:
             raise ValueError(f"[policy-option] not NAME=VALUE; got {text!r}; try one of: {_spelled(known)}")
         if name not in known:
             raise ValueError(_no_such_option(policy, name, known))
-        found[name] = _converted(name, value.strip(), known[name])
+        nothing = value.strip().lower() in ("null", "none") and name in _optional(scorer)
+        found[name] = None if nothing else _converted(name, value.strip(), known[name])
     return found
+
+
+def _optional(scorer: Any) -> set[str]:
+    """Hyper-parameters that may be None."""
+    return {f.name for f in fields(scorer) if "None" in str(f.type)}
 
 
 def _no_such_option(policy: str, name: str, known: dict[str, Any]) -> str:

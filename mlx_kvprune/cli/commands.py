@@ -109,11 +109,15 @@ def load(chat: Chat, rest: str) -> None:
 
 def policy(chat: Chat, rest: str) -> None:
     from mlx_kvprune.attach import settings_from
+    from mlx_kvprune.policy import find
 
     name, _, budget = rest.partition(" ")
     if not name:
         raise ValueError(f"[policy] which; got none; try /policy NAME BUDGET (now {chat.talk.settings.policy})")
-    named = fields_of(chat.talk.settings.but(options=(), block=None)) | {"policy": name}
+    before = chat.talk.settings
+    own = before.allocator == find(before.policy).allocator  # was not asked for: the new policy may have another
+    open_again = {"options": (), "block": None, "gates": "", **({"allocator": "auto"} if own else {})}
+    named = fields_of(before.but(**open_again)) | {"policy": name}
     if budget.strip():
         named["budget"] = budget.strip()
     settings = settings_from(**named)

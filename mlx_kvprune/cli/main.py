@@ -10,11 +10,11 @@ from typing import Annotated, Any
 
 import typer
 
-from mlx_kvprune.cli import ask, bench, chat, doctor, eval, exec_, generate, inspect, models_, policies
+from mlx_kvprune.cli import ask, bench, chat, doctor, eval, exec_, fit, generate, inspect, models_, policies
 
 PROGRAM = "mlx-kvprune"
 USAGE, FAILURE, INTERRUPTED, BROKEN_PIPE = 2, 1, 130, 141
-MODELS, USE, MEASURE, LOOK = "Models", "Use", "Measure", "Look"
+MODELS, USE, MEASURE, TRAIN, LOOK = "Models", "Use", "Measure", "Train", "Look"
 EPILOG = """Examples:
 
   mlx-kvprune chat --budget 512
@@ -71,6 +71,7 @@ _verb("ask", ask.ask, USE, ask.EPILOG)
 _verb("exec", exec_.exec_, USE, exec_.EPILOG, context_settings={"allow_interspersed_args": False})
 _verb("eval", eval.eval_, MEASURE, eval.EPILOG)
 _verb("bench", bench.bench, MEASURE, bench.EPILOG)
+_verb("fit", fit.fit, TRAIN, fit.EPILOG)
 _verb("inspect", inspect.inspect, LOOK, inspect.EPILOG)
 _verb("policies", policies.policies, LOOK, policies.EPILOG)
 _verb("doctor", doctor.doctor, LOOK, doctor.EPILOG)

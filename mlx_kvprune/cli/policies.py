@@ -16,20 +16,25 @@ EPILOG = """Examples:
 
 @spread
 def policies(json: Json = False) -> None:
-    """List the policies, one line each, with their hyper-parameters and defaults (for --policy-option)."""
+    """List the policies: how each shares the budget, whether it needs learned gates, its options (--policy-option)."""
     from mlx_kvprune.cli import output
     from mlx_kvprune.policy import POLICIES
 
     if json:
         output.write_json({"policies": [_fields_of(policy) for policy in POLICIES.values()]})
         return
-    rows = [("NAME", "KEEPS", "OPTIONS")]
-    rows += [(p.name, p.summary, " ".join(f"{k}={v}" for k, v in _options(p).items())) for p in POLICIES.values()]
+    rows = [("NAME", "KEEPS", "ALLOCATOR", "GATES", "OPTIONS")]
+    rows += [(p.name, p.summary, p.allocator, "needed" if p.gates else "", _spelled(p)) for p in POLICIES.values()]
     output.table(rows)
 
 
+def _spelled(policy: Any) -> str:
+    return " ".join(f"{name}={'null' if value is None else value}" for name, value in _options(policy).items())
+
+
 def _fields_of(policy: Any) -> dict[str, Any]:
-    return {"name": policy.name, "summary": policy.summary, "options": _options(policy)}
+    more = {"allocator": policy.allocator, "needs_gates": bool(policy.gates), "options": _options(policy)}
+    return {"name": policy.name, "summary": policy.summary, **more}
 
 
 def _options(policy: Any) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_kvprune.attach import make_cache
+from mlx_kvprune.attach import gates_of, hooked, make_cache, settings_from
 from mlx_kvprune.forward import leaves
 from mlx_kvprune.policy import POLICIES, find
 from mlx_kvprune.report import report
@@ -25,7 +25,8 @@ class Condition:
     """One row of a table: a policy, its budget, the seed of what it draws. Other settings are the policy's own.
 
     Attributes:
-        more: further fields of ``CacheSettings`` by name (``allocator``, ``kv_bits`` ...).
+        more: further fields of ``CacheSettings`` by name (``allocator``, ``kv_bits`` ...); an allocator that is not named
+            is the policy's own.
         share: the budget as a fraction of the text (``1/4``), if that is how it was asked for.
     """
 
@@ -58,8 +59,14 @@ class Condition:
 
     def describe(self) -> dict[str, Any]:
         """The fields that name a row."""
-        named = {"policy": self.policy, "allocator": "uniform", "budget": str(self.budget), "seed": self.seed}
-        return {**named, **dict(self.more), **({"share": self.share} if self.share else {})}
+        named = {"policy": self.policy, "allocator": self.allocator, "budget": str(self.budget), "seed": self.seed}
+        return {**dict(self.more), **named, **({"share": self.share} if self.share else {})}
+
+    @property
+    def allocator(self) -> str:
+        """How the budget is shared: as said, or the policy's own way."""
+        said = dict(self.more).get("allocator", "auto")
+        return find(self.policy).allocator if said == "auto" else said
 
     def __str__(self) -> str:
         more = "".join(f" {name}={value}" for name, value in self.more)
@@ -75,7 +82,7 @@ def grid(
     budgets: Iterable[int | str | Budget],
     seed: int = 0,
     *,
-    allocators: Iterable[str] = ("uniform",),
+    allocators: Iterable[str] = ("auto",),
     bits: Iterable[int | None] = (None,),
     length: int | None = None,
     **more: Any,
@@ -86,6 +93,7 @@ def grid(
 
     Args:
         policies: names, or ``all``.
+        allocators: for each policy; ``auto`` is its own.
         budgets: as a user writes them; fractions (``1/4``) are of ``length``.
         bits: of stored keys and values; None for the model's own type.
         length: of the text, in tokens.
@@ -100,7 +108,7 @@ def grid(
     if not parsed:
         raise ValueError("[budgets] none; got an empty list; try --budgets 256")
     wanted = [
-        Condition(name, budget, seed, _settings(allocator, width, more), share)
+        Condition(name, budget, seed, _settings(name, allocator, width, more), share)
         for budget, share in parsed
         for width in bits
         for allocator, names in _by_allocator(bounded, allocators)
@@ -114,9 +122,9 @@ def _by_allocator(policies: list[str], allocators: Iterable[str]) -> list[tuple[
     return [("uniform", controls), *((allocator, policies) for allocator in allocators)]
 
 
-def _settings(allocator: str, bits: int | None, more: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
-    """What differs from the defaults, so that equal conditions are equal."""
-    named = {} if allocator == "uniform" else {"allocator": allocator}
+def _settings(policy: str, allocator: str, bits: int | None, more: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    """What differs from the policy's defaults, so that equal conditions are equal."""
+    named = {} if allocator in ("auto", find(policy).allocator) else {"allocator": allocator}
     return tuple({**named, **({} if bits is None else {"kv_bits": bits}), **more}.items())
 
 
@@ -158,7 +166,8 @@ def possible(model: nn.Module, conditions: Iterable[Condition]) -> tuple[list[Co
     Raises:
         ValueError: no bounded one can run: the budgets are too small, or the model cannot be bounded.
     """
-    runnable, notes, problem = [], [], None
+    conditions, notes = with_gates(model, conditions)
+    runnable, problem = [], None
     for condition in conditions:
         try:
             condition.caches(model, question=(0,))
@@ -170,6 +179,32 @@ def possible(model: nn.Module, conditions: Iterable[Condition]) -> tuple[list[Co
     if problem is not None and all(c.is_full for c in runnable):
         raise problem
     return runnable, notes
+
+
+def with_gates(model: nn.Module, conditions: Iterable[Condition]) -> tuple[list[Condition], list[str]]:
+    """The conditions whose gates, if they need any, this model has; one note for each policy whose gates it lacks."""
+    kept, missing = [], {}
+    for condition in conditions:
+        try:
+            if condition.policy not in missing:
+                gate_bytes(model, condition)
+        except ValueError as error:
+            missing[condition.policy] = f"{condition.policy} skipped: {error}"
+        if condition.policy not in missing:
+            kept.append(condition)
+    return kept, list(missing.values())
+
+
+def gate_bytes(model: nn.Module, condition: Condition) -> int:
+    """Bytes of the learned gates that a condition's policy asks; they belong to the model and are in no budget.
+
+    Raises:
+        ValueError: the model has no such gates, or cannot be bounded.
+    """
+    if not find(condition.policy).gates:
+        return 0
+    hooked(model)
+    return gates_of(model, settings_from(policy=condition.policy, gates=dict(condition.more).get("gates", ""))).nbytes
 
 
 def without_question(conditions: Iterable[Condition]) -> tuple[list[Condition], list[str]]:

@@ -1,7 +1,8 @@
 """Equal resident bytes: what each condition may hold, so that all of them hold what ``window`` holds at that budget.
 
 Policies keep more than slots: the last queries of ``snapkv``, a memory beside each slot, page tables of ragged heads. At
-equal slots these are free; at equal bytes they are paid for in slots, and stored in fewer bits more slots fit.
+equal slots these are free; at equal bytes they are paid for in slots, and stored in fewer bits more slots fit. Learned gates
+are weights of the model and are not counted; rows name their bytes beside (``gate_bytes``).
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_kvprune.evals.conditions import Condition, grid, possible, without_question
+from mlx_kvprune.evals.conditions import Condition, gate_bytes, grid, possible, with_gates, without_question
 from mlx_kvprune.evals.equal import levelled
 from mlx_kvprune.evals.store import Store, Unit
 from mlx_kvprune.evals.texts import Document
@@ -23,7 +23,7 @@ class Grid:
     Attributes:
         policies: names, or ``all``; the controls come along.
         budgets: as a user writes them: ``256``, ``8MB``, ``1/4`` (of the text).
-        allocators: for each policy.
+        allocators: for each policy; ``auto`` is its own.
         bits: of stored keys and values, for each policy and control.
         equal: ``bytes``: all hold what ``window`` holds at that budget; ``slots``; ``auto``: bytes for fractions.
         more: further settings of the caches.
@@ -31,7 +31,7 @@ class Grid:
 
     policies: tuple[str, ...] = ()
     budgets: tuple[str, ...] = ("256",)
-    allocators: tuple[str, ...] = ("uniform",)
+    allocators: tuple[str, ...] = ("auto",)
     bits: tuple[int | None, ...] = (None,)
     equal: str = "auto"
     more: tuple[tuple[str, Any], ...] = ()
@@ -87,12 +87,13 @@ class Job:
         return self._found[length]
 
     def _settled(self, wanted: list[Condition]) -> tuple[list[Condition], list[str]]:
+        wanted, ungated = with_gates(self.model, wanted)
         can, notes = possible(self.model, [c for c in wanted if not self.grid.by_bytes(c)])
         level, unlevelled = levelled(self.model, [c for c in wanted if self.grid.by_bytes(c)])
         able, more = possible(self.model, level) if level else ([], [])
         if unlevelled and not [c for c in (*able, *can) if not c.is_full]:
             raise ValueError(unlevelled[0].split(" skipped: ")[1])
-        return [*can, *able], notes + unlevelled + more
+        return [*can, *able], ungated + notes + unlevelled + more
 
 
 @dataclass(frozen=True)
@@ -191,4 +192,7 @@ def rows(job: Job, task: Task, store: Store) -> list[dict[str, Any]]:
     """The task's rows; all of its units must be there."""
     some, n = task.conditions(job)[0], len(task.items(job))
     units = [store.of(task.unit(job, number, n, c)) for c in some for number in range(n)]
-    return [{**row, **({"bound": task.bound} if task.bound else {})} for row in task.rows([x for x in units if x])]
+    gates = {c.policy: size for c in some if (size := gate_bytes(job.model, c))}  # beside what is held, not in it
+    bound = {"bound": task.bound} if task.bound else {}
+    more = lambda row: {**bound, **({"gate_bytes": gates[row["policy"]]} if row["policy"] in gates else {})}
+    return [{**row, **more(row)} for row in task.rows([x for x in units if x])]

@@ -7,7 +7,7 @@ from typing import Any
 DEFAULTS: dict[str, Any] = {
     "policies": "snapkv",
     "budgets": "256",
-    "allocators": "uniform",
+    "allocators": "auto",
     "kv_bits": "none",
     "equal": "auto",
     "tasks": "fidelity,needles,regret",

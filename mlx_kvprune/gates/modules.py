@@ -15,7 +15,7 @@ business (``scorers/gated.py``): a logit of the decay, of being kept, of being e
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +27,20 @@ FORMS = ("linear", "mlp", "shared", "sink", "dms")
 HIDDEN = 48  # of an MLP; the papers take 512
 START = 6.0  # of a bias: everything is kept at first
 SINK_DIM, SINKS = 16, 16
+
+Draw = Callable[..., mx.array]
+
+
+def drawing(seed: int) -> Draw:
+    """What draws normal numbers of a shape; MLX's own state is the user's, and loading gates must not change it."""
+    key = mx.random.key(seed)
+
+    def draw(*shape: int) -> mx.array:
+        nonlocal key
+        key, own = mx.random.split(key)
+        return mx.random.normal(shape, key=own)
+
+    return draw
 
 
 @dataclass(frozen=True)
@@ -72,13 +86,13 @@ class Linear(nn.Module):
 class MLP(nn.Module):
     """``W2 silu(W1 h + b1) + b2``; without a ``W2`` of its own where it is shared."""
 
-    def __init__(self, width: int, hidden: int, heads: int, shared: bool, start: float = START):
+    def __init__(self, width: int, hidden: int, heads: int, shared: bool, draw: Draw, start: float = START):
         super().__init__()
-        self.weight = mx.random.normal((hidden, width)) / math.sqrt(width)
+        self.weight = draw(hidden, width) / math.sqrt(width)
         self.hidden_bias = mx.zeros((hidden,))
         self.bias = mx.full((heads,), start)
         if not shared:
-            self.last = mx.random.normal((heads, hidden)) * 0.1 / math.sqrt(hidden)
+            self.last = draw(heads, hidden) * 0.1 / math.sqrt(hidden)
 
     def __call__(self, x: mx.array, last: mx.array | None = None) -> mx.array:
         projected = self.last if last is None else last[: self.bias.shape[0]]
@@ -88,11 +102,11 @@ class MLP(nn.Module):
 class Sink(nn.Module):
     """``log mean_g 1 / (1 + sum_s exp(q_g . k_s - q_g . k - b_g))``: a token's key against learned sinks."""
 
-    def __init__(self, width: int, heads: int, group: int, start: float = START):
+    def __init__(self, width: int, heads: int, group: int, draw: Draw, start: float = START):
         super().__init__()
-        rows = lambda n: mx.random.normal((n, width)) / math.sqrt(width)
-        self.queries, self.query_bias = rows(heads * group * SINK_DIM), mx.zeros((heads * group * SINK_DIM,))
-        self.keys = rows(heads * SINK_DIM)
+        rows = lambda n: draw(n, width) / math.sqrt(width)
+        self.to_queries, self.query_bias = rows(heads * group * SINK_DIM), mx.zeros((heads * group * SINK_DIM,))
+        self.to_keys = rows(heads * SINK_DIM)
         self.query_scale, self.key_scale = mx.ones((SINK_DIM,)), mx.ones((SINK_DIM,))
         self.sinks = mx.zeros((heads, SINKS, SINK_DIM))
         self.bias = mx.full((heads, 1, group), start + math.log(SINKS))
@@ -101,9 +115,9 @@ class Sink(nn.Module):
         batch, length, _ = x.shape
         heads, group = self.bias.shape[0], self.bias.shape[2]
         normed = lambda y, scale: mx.fast.rms_norm(y, scale, 1e-6)
-        queries = (x @ self.queries.T + self.query_bias).reshape(batch, length, heads, group, SINK_DIM)
+        queries = (x @ self.to_queries.T + self.query_bias).reshape(batch, length, heads, group, SINK_DIM)
         queries = normed(queries, self.query_scale)
-        keys = normed((x @ self.keys.T).reshape(batch, length, heads, 1, SINK_DIM), self.key_scale)
+        keys = normed((x @ self.to_keys.T).reshape(batch, length, heads, 1, SINK_DIM), self.key_scale)
         logits = (queries * keys).sum(axis=-1) / math.sqrt(SINK_DIM) + self.bias[:, 0]  # (B, L, heads, group)
         base = (queries @ self.sinks.swapaxes(-1, -2)) / math.sqrt(SINK_DIM)  # (B, L, heads, group, sinks)
         log_score = -mx.logaddexp(mx.array(0.0), mx.logsumexp(base, axis=-1) - logits)
@@ -134,21 +148,21 @@ class Gates(nn.Module):
     def __init__(self, shape: GateShape, start: float = START, seed: int = 0):
         super().__init__()
         self._shape = shape
-        mx.random.seed(seed)
+        draw = drawing(seed)
         if shape.form == "shared":
-            self.last = mx.random.normal((max(shape.heads), shape.hidden)) * 0.1 / math.sqrt(shape.hidden)
-        self.layers = [self._layer(i, start) for i in range(shape.layers)]
+            self.last = draw(max(shape.heads), shape.hidden) * 0.1 / math.sqrt(shape.hidden)
+        self.layers = [self._layer(i, start, draw) for i in range(shape.layers)]
 
-    def _layer(self, i: int, start: float) -> nn.Module:
+    def _layer(self, i: int, start: float, draw: Draw) -> nn.Module:
         shape = self._shape
         width, heads = shape.widths[i], shape.heads[i]
         if shape.form == "linear":
             return Linear(width, heads, start)
         if shape.form == "sink":
-            return Sink(width, heads, shape.groups[i] if shape.groups else 1, start)
+            return Sink(width, heads, shape.groups[i] if shape.groups else 1, draw, start)
         if shape.form == "dms":
             return DMS(width, heads)
-        return MLP(width, shape.hidden, heads, shape.form == "shared", start)
+        return MLP(width, shape.hidden, heads, shape.form == "shared", draw, start)
 
     @property
     def shape(self) -> GateShape:
@@ -168,6 +182,11 @@ class Gates(nn.Module):
     def numbers(self) -> int:
         """How many numbers they have."""
         return sum(x.size for _, x in tree_flatten(self.parameters()))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that they take, beside the model's weights."""
+        return sum(x.nbytes for _, x in tree_flatten(self.parameters()))
 
     @property
     def flops(self) -> int:

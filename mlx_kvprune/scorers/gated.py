@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -17,10 +18,11 @@ def log_sigmoid(x: mx.array) -> mx.array:
 
 @dataclass(frozen=True)
 class Retention(Scorer):
-    """``score_i(t) = (t + 1 - i) log beta_i`` with ``beta_i = sigmoid(gate(h_i))``: what is left of token i after geometric decay.
+    """``score_i(t) = (t + 1 - i) log beta_i`` with ``beta_i = sigmoid(gate(h_i))``: what is left of token i after decay.
 
-    Bui et al. 2025, "Cache What Lasts: Token Retention for Memory-Bounded KV Cache in LLMs" (arXiv 2512.03324); with
-    allocator ``global`` all heads of all layers compete, as in its successor. Scores with different slopes cross as time
+    Decay is geometric; ``t`` is the next token's position. Bui et al. 2025, "Cache What Lasts: Token Retention for
+    Memory-Bounded KV Cache in LLMs" (arXiv 2512.03324); with allocator ``global`` all heads of all layers compete, as in its
+    successor. Scores with different slopes cross as time
     passes, so that they are computed anew at every upkeep.
     """
 
@@ -49,6 +51,12 @@ class WriteGate(Scorer):
     needs = frozenset({"hidden"})
     memory = True
 
+    def check(self) -> None:
+        number = isinstance(self.threshold, int | float) and not isinstance(self.threshold, bool)
+        require(
+            "threshold", self.threshold, self.threshold is None or (number and math.isfinite(self.threshold)), "null"
+        )
+
     def gated(self, raw: mx.array) -> mx.array:
         return raw.astype(mx.float32)
 
@@ -75,6 +83,7 @@ class SPKV(WriteGate):
     threshold: float | None = 0.5
 
     def check(self) -> None:
+        super().check()
         good = self.threshold is None or 0 <= self.threshold < 1
         require("threshold", self.threshold, good, "0.5")
 
@@ -86,8 +95,8 @@ class SPKV(WriteGate):
 class KVzap(WriteGate):
     """The gate's number is ``log max_j a_ji |W_o v_i| / |h_j|``, what a second reading of the text would attend to.
 
-    "KVzap: Fast, Adaptive, and Faithful KV Cache Pruning" (NVIDIA 2026, arXiv 2601.07891). The threshold belongs to the model: gate
-    files hold calibrated ones.
+    "KVzap: Fast, Adaptive, and Faithful KV Cache Pruning" (NVIDIA 2026, arXiv 2601.07891). The threshold belongs to the
+    model: gate files hold calibrated ones.
     """
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+NOTHING = -0x7F800001  # the upper half of an order key whose score is minus infinity
+
 
 def order_key(scores: mx.array, positions: mx.array) -> mx.array:
     """Scores and positions as one integer each, so that comparing integers compares (score, position).

@@ -33,6 +33,7 @@ class PoolSpec:
         values: of the values'.
         ragged: whether heads may hold differently many.
         tools: what packs rows and chooses slots.
+        sifted: whether tokens that score minus infinity are dropped, whatever room there is (only where it is ragged).
     """
 
     limit: int
@@ -40,6 +41,7 @@ class PoolSpec:
     values: dict[str, Any] = field(default_factory=dict)
     ragged: bool = False
     tools: Tools = PLAIN
+    sifted: bool = False
 
     @property
     def exact(self) -> bool:
@@ -52,7 +54,7 @@ class PoolSpec:
         form = Format(keys, values, like.keys.dtype, tools=self.tools)
         if self.ragged:
             heads = like.keys.shape[0] * like.keys.shape[1]
-            return PagedPool(max(heads, heads * self.limit // PAGE), like, form)
+            return PagedPool(max(heads, heads * self.limit // PAGE), like, form, self.sifted)
         return Pool(self.limit // form.granule * form.granule, like, form)
 
 
@@ -174,7 +176,7 @@ class LayerSlots:
     def free(self) -> int:
         """Whole blocks of tokens that the first pool takes before tokens must compete."""
         if self.empty():
-            return self.specs[0].limit // self.block * self.block
+            return 0 if self.specs[0].sifted else self.specs[0].limit // self.block * self.block
         return self.pools[0].free // self.block * self.block
 
     def free_at_all(self) -> int:
@@ -260,10 +262,11 @@ class LayerSlots:
             pool: Any = self.pools[step.pool]
             if step.fill is not None:
                 pool.fill(step.fill)
-            else:
+            elif step.writes is not None:
                 pool.write(step.writes)
-                self.evicted = self.evicted or pool is self.last
-                self.final = self.written
+                if step.writes.lost:
+                    self.evicted = self.evicted or pool is self.last
+                    self.final = self.written
         if holes:
             for pool in self.pools:
                 pool.count_holes()

@@ -11,7 +11,7 @@ import numpy as np
 from mlx_kvprune.numerics import device
 from mlx_kvprune.quantize import PAGE
 from mlx_kvprune.slots import moves
-from mlx_kvprune.slots.choose import grouped, order_key
+from mlx_kvprune.slots.choose import NOTHING, grouped, order_key
 from mlx_kvprune.slots.format import Format, RowDict, Rows
 from mlx_kvprune.slots.moves import NOBODY, Moves
 from mlx_kvprune.slots.parts import Layout, PagedPart
@@ -28,29 +28,40 @@ class Candidates:
         live: which of them hold something ``(P, units)`` bool.
         new: order keys of the tokens that come ``(heads, n)`` int64.
         owner: head of each page ``(P,)``.
+        sifted: whether what scores minus infinity is dropped, whatever room there is.
     """
 
     slots: np.ndarray
     live: np.ndarray
     new: np.ndarray
     owner: np.ndarray
+    sifted: bool = False
+
+    @cached_property
+    def passing(self) -> tuple[np.ndarray, np.ndarray]:
+        """Which slots ``(P, units)`` and which of the tokens that come ``(heads, n)`` may be kept at all."""
+        if not self.sifted:
+            return self.live, np.ones(self.new.shape, bool)
+        return self.live & (self.slots >> 32 > NOTHING), self.new >> 32 > NOTHING
 
     @cached_property
     def ranked(self) -> list[np.ndarray]:
         """Order keys of everything that each head could keep, best first."""
-        of_head = lambda mine, new: np.sort(np.concatenate([self.slots[mine][self.live[mine]], new]))[::-1]
-        return [of_head(self.owner == head, new) for head, new in enumerate(self.new)]
+        slots, new = self.passing
+        of_head = lambda mine, head: np.concatenate([self.slots[mine][slots[mine]], self.new[head][new[head]]])
+        return [np.sort(of_head(self.owner == head, head))[::-1] for head in range(len(self.new))]
 
 
 @dataclass(frozen=True)
 class PageWrites:
-    """Moves, and the rows that they write, by the name of the pool's array."""
+    """Moves, and the rows that they write, by the name of the pool's array; ``lost``: whether a token is lost by them."""
 
     moves: Moves
     positions: np.ndarray
     at: mx.array
     rows: RowDict
     contested: bool = False
+    lost: bool = False
 
     def arrays(self) -> list[mx.array]:
         """What must be evaluated before the pool is written in place."""
@@ -67,6 +78,8 @@ class PagedPool:
         limit: the most pages, while nobody says otherwise.
         like: tokens of the kind that will be held.
         format: how they are stored.
+        sifted: whether tokens that score minus infinity are dropped, whatever room there is: heads compete from the
+            first token on, and the pool grows with what passes.
 
     Attributes:
         owner: head ``b * H_kv + h`` of each page in use ``(P,)``.
@@ -80,8 +93,8 @@ class PagedPool:
     ragged = True
     holes = 0
 
-    def __init__(self, limit: int, like: Tokens, format: Format):
-        self.limit, self.format, self.contested = limit, format, False
+    def __init__(self, limit: int, like: Tokens, format: Format, sifted: bool = False):
+        self.limit, self.format, self.sifted, self.contested = limit, format, sifted, sifted
         self.batch, self.heads = like.keys.shape[0], like.keys.shape[0] * like.keys.shape[1]
         self.owner = np.zeros(0, np.int32)
         self.positions = np.zeros((0, PAGE), np.int32)
@@ -153,7 +166,7 @@ class PagedPool:
 
     def laid_out(self, x: mx.array) -> mx.array:
         """Something of each slot ``(B, H_kv, S)``, as ``part`` has it: ``(P, PAGE)``."""
-        return x.reshape(-1, PAGE)[self.layout.back]
+        return x.reshape(self.layout.table.size, PAGE)[self.layout.back]
 
     def set_memory(self, memory: mx.array) -> None:
         """Set what is remembered ``(B, H_kv, S)``."""
@@ -186,9 +199,10 @@ class PagedPool:
         """
         granule, positions = self.format.granule, self.heads_positions()
         slot_scores = mx.where(positions < 0, -mx.inf, slot_scores)
-        slots = order_key(*grouped(slot_scores, positions, granule)).reshape(-1, self.units)[self.layout.back]
+        by_page = (self.layout.table.size, self.units)
+        slots = order_key(*grouped(slot_scores, positions, granule)).reshape(by_page)[self.layout.back]
         new = order_key(*grouped(scores, tokens.positions, granule)).reshape(self.heads, -1)
-        return Candidates(np.array(slots), self._live(), np.array(new), self.owner)
+        return Candidates(np.array(slots), self._live(), np.array(new), self.owner, self.sifted)
 
     def choose(self, tokens: Tokens, candidates: Candidates, targets: np.ndarray) -> PageWrites:
         """What is to be written so that each head keeps its best in ``targets`` pages ``(B * H_kv,)``.
@@ -197,9 +211,11 @@ class PagedPool:
         """
         rooms = [int(target) * self.units for target in targets]
         worst = np.array([moves.worst_kept(x, room) for x, room in zip(candidates.ranked, rooms, strict=True)])
-        kept = candidates.live & (candidates.slots >= worst[self.owner, None])
-        new = candidates.new >= worst[:, None]
-        return replace(self._rows(tokens, moves.plan(self.owner, kept, new, targets)), contested=True)
+        may_stay, may_come = candidates.passing
+        kept = may_stay & (candidates.slots >= worst[self.owner, None])
+        new = may_come & (candidates.new >= worst[:, None])
+        lost = bool((candidates.live & ~kept).any() or not new.all())
+        return replace(self._rows(tokens, moves.plan(self.owner, kept, new, targets)), contested=True, lost=lost)
 
     def write(self, writes: PageWrites) -> None:
         """Write what was chosen: in place where ``writes`` is evaluated and nobody else reads the pool."""
@@ -237,7 +253,7 @@ class PagedPool:
     def replace_keys(self, keys: mx.array) -> None:
         """Set the keys of everything held ``(B, H_kv, S, D)``; only where they are stored as they are."""
         assert self.format.keys.bits is None
-        pages = keys.reshape(-1, PAGE, keys.shape[-1])[self.layout.back].reshape(-1, keys.shape[-1])
+        pages = keys.reshape(self.layout.table.size, PAGE, keys.shape[-1])[self.layout.back].reshape(-1, keys.shape[-1])
         self.rows["keys.0"] = mx.concatenate([pages, self.rows["keys.0"][self.used * self.units :]])
 
     # -- state -------------------------------------------------------------------------------------------------------

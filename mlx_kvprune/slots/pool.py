@@ -25,6 +25,7 @@ class Writes:
         rows: what is written.
         losers: the ``n`` tokens that the pool did not keep, if they were asked for.
         scores: retention scores of the losers ``(B, H_kv, n)``.
+        lost: whether a token is lost to this pool.
     """
 
     n: int
@@ -32,6 +33,7 @@ class Writes:
     rows: RowDict
     losers: Tokens | None = None
     scores: mx.array | None = None
+    lost: bool = True
 
     def arrays(self) -> list[mx.array]:
         """What must be evaluated before the pool is written in place."""

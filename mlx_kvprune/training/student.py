@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -10,7 +11,8 @@ import mlx.nn as nn
 
 from mlx_kvprune.attach import replaced
 from mlx_kvprune.cache import Handle
-from mlx_kvprune.training.reading import Reading, flat
+from mlx_kvprune.training.bias import Bias
+from mlx_kvprune.training.reading import SEGMENT, Reading, flat
 
 
 class StudentLayer:
@@ -19,15 +21,12 @@ class StudentLayer:
     Args:
         keys: of the context ``(1, H_kv, c, D)``.
         values: ``(1, H_kv, c, D_v)``.
-        bias: added to the logits of each KV head's queries ``(H_kv, L / n, c + L)``: ``n`` neighbours have one in common.
-        spared: what no bias is added to ``(L, c + L)`` bool.
+        bias: what gates add to the logits.
     """
 
-    def __init__(self, keys: mx.array, values: mx.array, bias: mx.array, spared: mx.array):
-        self.keys, self.values, self.bias, self.spared = keys, values, bias, spared
+    def __init__(self, keys: mx.array, values: mx.array, bias: Bias):
+        self.keys, self.values, self.bias = keys, values, bias
         self.offset = keys.shape[2]
-        ahead = mx.arange(spared.shape[1]) > mx.arange(self.offset, spared.shape[1])[:, None]
-        self.causal = mx.where(ahead, -mx.inf, 0.0)
 
     def stage(self, x: mx.array) -> None:
         """The gates of the segment were read off the full cache's own reading."""
@@ -47,42 +46,57 @@ class StudentLayer:
         heads, slots = keys.shape[1], keys.shape[2]
         grouped = (queries * scale).reshape(batch, heads, -1, width)
         logits = (grouped @ keys.swapaxes(-1, -2)).reshape(batch, heads, n_heads // heads, length, slots)
-        logits = mx.where(self.spared, logits, self._biased(logits)) + self.causal
+        logits = self.bias(logits)
         if sinks is not None:
             extra = mx.broadcast_to(sinks.reshape(1, heads, -1, 1, 1), (*logits.shape[:-1], 1))
             weights = mx.softmax(mx.concatenate([logits, extra], axis=-1), axis=-1)[..., :-1]
         else:
             weights = mx.softmax(logits, axis=-1)
         out = weights.reshape(batch, heads, -1, slots) @ values
-        return out.reshape(batch, n_heads, length, -1)
+        return out.reshape(batch, n_heads, length, -1).astype(queries.dtype)
 
 
-    def _biased(self, logits: mx.array) -> mx.array:
-        """``(1, H_kv, group, L, S)`` with the bias added."""
-        split = (*logits.shape[:3], self.bias.shape[1], -1, logits.shape[4])
-        return (logits.reshape(split) + self.bias[None, :, None, :, None]).reshape(logits.shape)
+class LiveLayer(StudentLayer):
+    """A layer without a context, whose biases are made of the attention's own input: gates that train with their model.
+
+    Args:
+        bias_of: gives the bias for attention inputs ``(L, width)``.
+    """
+
+    def __init__(self, bias_of: Callable[[mx.array], Bias]):
+        self.bias_of, self.offset = bias_of, 0
+
+    def stage(self, x: mx.array) -> None:
+        self.bias = self.bias_of(x[0])
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
+        self.keys, self.values = keys[:, :, :0], values[:, :, :0]
+        return super().update_and_fetch(keys, values)
 
 
-def run(
-    model: nn.Module, reading: Reading, start: int, length: int, biases: Sequence[mx.array], spared: mx.array
-) -> mx.array:
+def run(model: nn.Module, reading: Reading, start: int, length: int, biases: Sequence[Bias]) -> mx.array:
     """Logits ``(length, vocab)`` of the tokens ``start .. start + length - 1``, over the full cache's context.
 
     Args:
-        biases: of each bounded layer ``(H_kv, length / n, start + length)``.
-        spared: what no bias is added to ``(length, start + length)`` bool.
+        biases: of each bounded layer.
     """
     whole = lambda x: x[None, :, :start].astype(mx.float32)
 
     def layer(i: int) -> StudentLayer:
         one = reading.layers[i]
-        return StudentLayer(whole(one.keys), whole(one.values), biases[i], spared)
+        return StudentLayer(whole(one.keys), whole(one.values), biases[i])
 
     caches = replaced(model, layer)
     theirs = [c for c in flat(caches) if not isinstance(c, StudentLayer)]
-    segment = len(reading.tokens) // len(reading.others) if theirs else 1
-    for cache, state in zip(theirs, reading.others[start // segment] if theirs else (), strict=True):
+    for cache, state in zip(theirs, reading.others[start // SEGMENT] if theirs else (), strict=True):
         if state is not None:
             cache.state = state
     logits: Any = model(mx.array(reading.tokens[None, start : start + length]), cache=caches)
+    return logits[0]
+
+
+def run_live(model: nn.Module, tokens: mx.array, bias_of: Callable[[int, mx.array], Bias]) -> mx.array:
+    """Logits ``(L, vocab)`` of a whole text ``(L,)``; ``bias_of(layer, x)`` gives the biases of its own inputs."""
+    caches = replaced(model, lambda layer: LiveLayer(functools.partial(bias_of, layer)))
+    logits: Any = model(tokens[None], cache=caches)
     return logits[0]

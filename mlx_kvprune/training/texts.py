@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from mlx_kvprune.evals.texts import CHARS_PER_TOKEN, Document, loaded
+from mlx_kvprune.evals.texts import CHARS_PER_TOKEN, Document, loaded, shipped
+
+MANY = 10  # documents of a file, from which on whole ones are held out
+TAIL = 0.15  # share of a document that is held out where there are fewer
 
 
 @dataclass(frozen=True)
@@ -19,11 +24,19 @@ class Texts:
     tokenizer: Any
     files: tuple[tuple[Document, ...], ...]
     seed: int = 0
+    what: str = "--data"  # in messages
 
     @classmethod
     def of(cls, tokenizer: Any, paths: Sequence[str | Path], seed: int = 0) -> Texts:
-        """The documents of ``paths``, as ``evals.texts.loaded`` reads them."""
+        """The documents of ``paths``, as ``evals.texts.loaded`` reads them; none for the one that the repository ships."""
+        paths = list(paths) or [shipped()]
         return cls(tokenizer, tuple(tuple(loaded([path])) for path in paths), seed)
+
+    def split(self, length: int) -> tuple[Texts, Texts]:
+        """What to train on, and what to hold out: every tenth document of a file, or the ends of its few documents."""
+        halves = [_split(file, length) for file in self.files]
+        train, held = tuple(a for a, _ in halves), tuple(b for _, b in halves)
+        return replace(self, files=train), replace(self, files=held, seed=self.seed + 1, what="what is held out")
 
     def excerpt(self, n: int, length: int) -> list[int]:
         """The ``n``-th excerpt, of ``length`` tokens.
@@ -41,6 +54,33 @@ class Texts:
             tokens = list(self.tokenizer.encode(text[start : start + CHARS_PER_TOKEN * length]))
             if len(tokens) >= length:
                 return tokens[:length]
-        raise ValueError(
-            f"[fit] no texts of {length} tokens; got shorter ones; try --tokens {length // 2}, or more --data"
-        )
+        hint = f"--tokens {max(512, length // 512 * 256)}, or longer texts" if length > 512 else "longer texts"
+        raise ValueError(f"[fit] no text of {length} tokens in {self.what}; got shorter ones; try {hint}")
+
+
+def _split(file: tuple[Document, ...], length: int) -> tuple[tuple[Document, ...], tuple[Document, ...]]:
+    if len(file) >= MANY:
+        return tuple(d for i, d in enumerate(file) if i % MANY), file[::MANY]
+    cuts = [len(d.text) - min(max(int(TAIL * len(d.text)), CHARS_PER_TOKEN * length), len(d.text) // 2) for d in file]
+    parts = list(zip(file, cuts, strict=True))
+    return tuple(replace(d, text=d.text[:at]) for d, at in parts), tuple(
+        replace(d, text=d.text[at:]) for d, at in parts
+    )
+
+
+def credits(paths: Sequence[str | Path]) -> tuple[str, ...]:
+    """Files by name, with the licences that their lines name; the shipped document if there are none."""
+    if not paths:
+        return (f"{shipped().name} (public domain)",)
+    return tuple(dict.fromkeys(f"{Path(path).name} ({licence_of(Path(path).expanduser())})" for path in paths))
+
+
+def licence_of(path: Path) -> str:
+    """The licences in a JSONL file's ``licence`` fields."""
+    if ".jsonl" not in path.name:
+        return "licence not known"
+    raw = path.read_bytes()
+    lines = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode().split("\n")
+    found = [json.loads(line) for line in lines if line.strip()]
+    named = dict.fromkeys(str(x.get("licence") or x.get("license") or "licence not known") for x in found)
+    return ", ".join(named)

@@ -1,34 +1,32 @@
 """Gates from forward passes alone: what later tokens attended to, foretold from the token.
 
-Attention falls off with age about as 1 / age. So the mass that token i gets from all tokens at least ``window`` later is taken as
-a Poisson count with the rate ``exp(g_i)`` and the exposure ``e_i = sum_t 1 / (t - i)``; ``g`` is fitted by its likelihood,
-``e exp(g) - m g``. Ranking by ``g_i - log(t - i)`` is then ranking by the attention that is expected next, and that is what a retention
-score with ``-log(-log beta) = g`` does.
+Attention falls off with age about as 1 / age. So the mass that token i gets from all tokens at least ``window`` later is taken
+as a Poisson count with the rate ``exp(g_i)`` and the exposure ``e_i = sum_t 1 / (t - i)``; ``g`` is fitted by its likelihood,
+``e exp(g) - m g``. Ranking by ``g_i - log(t - i)`` is then ranking by the attention that is expected next, and that is what a
+retention score with ``-log(-log beta) = g`` does.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import mlx.core as mx
-import mlx.nn as nn
-import mlx.optimizers as optim
 import numpy as np
 
 from mlx_kvprune.gates import Gates
+from mlx_kvprune.training.descent import Descent, Tick, descend
 from mlx_kvprune.training.objective import worth
-from mlx_kvprune.training.reading import Reading
+from mlx_kvprune.training.reading import LayerReading, Reading
 from mlx_kvprune.training.whitening import Whitening
 
-Tick = Callable[[int, float], None]
-RIDGE = 1e-2
+SHIFT = 8.0  # rates are small; raised by this, ``worth(raw)`` is about ``raw``
 
 
 def exposure(length: int, window: int) -> np.ndarray:
     """``sum over t of 1 / (t - i)`` for ``t - i >= window`` and ``t < length``: ``(length,)``."""
     harmonic = np.concatenate([[0.0], np.cumsum(1.0 / np.arange(1, length + 1))])
     last = length - 1 - np.arange(length)
-    return np.where(last >= window, harmonic[last] - harmonic[window - 1], 0.0)
+    return np.where(last >= window, harmonic[last] - harmonic[min(window - 1, length)], 0.0)
 
 
 def start_biases(gates: Gates, readings: Sequence[Reading], window: int) -> None:
@@ -37,9 +35,6 @@ def start_biases(gates: Gates, readings: Sequence[Reading], window: int) -> None
         mass = sum(r.layers[i].mass.sum(axis=1) for r in readings)
         seen = sum(exposure(len(r.tokens), window).sum() for r in readings)
         gate.bias = mx.log(mx.maximum(mass / seen, 1e-9)) + SHIFT
-
-
-SHIFT = 8.0  # rates are small; raised by this, ``worth(raw)`` is about ``raw``
 
 
 def fit_poisson(
@@ -57,30 +52,10 @@ def fit_poisson(
 ) -> float:
     """Fit gates for whitened inputs to readings; returns the mean loss of the last epoch."""
     start_biases(gates, readings, window)
-    rng, losses = np.random.default_rng(seed), []
-    pieces = [(r, s) for r in range(len(readings)) for s in range(0, len(readings[r].tokens), batch)]
-    steps = epochs * len(pieces)
-    optimizer = optim.AdamW(learning_rate=optim.cosine_decay(rate, steps), weight_decay=0.0)
     exposures = [mx.array(exposure(len(r.tokens), window), mx.float32) for r in readings]
 
-    def loss(gates: Gates, r: int, start: int) -> mx.array:
-        cut = slice(max(n_sink, start), start + batch)
-        total = mx.array(0.0)
-        for i, layer in enumerate(readings[r].layers):
-            g = worth(gates(i, whitening(i, layer.x[None, cut]))[0]) - SHIFT
-            total = total + (exposures[r][cut] * mx.exp(g) - layer.mass[:, cut] * g).mean()
-        return total / len(readings[r].layers)
+    def loss(i: int, raw: mx.array, layer: LayerReading, cut: slice, r: int) -> mx.array:
+        g = worth(raw) - SHIFT
+        return (exposures[r][cut] * mx.exp(g) - layer.mass[:, cut] * g).mean()
 
-    step = nn.value_and_grad(gates, loss)
-    for done in range(steps):
-        if done % len(pieces) == 0:
-            rng.shuffle(pieces)
-        r, start = pieces[done % len(pieces)]
-        value, gradient = step(gates, r, start)
-        gradient, _ = optim.clip_grad_norm(gradient, 1.0)
-        optimizer.update(gates, gradient)
-        mx.eval(gates.parameters(), optimizer.state, value)
-        losses.append(float(value.item()))
-        if tick:
-            tick(1, losses[-1])
-    return float(np.mean(losses[-len(pieces) :]))
+    return descend(gates, readings, whitening, loss, Descent(epochs, rate, batch, seed), n_sink, tick)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_map
@@ -30,12 +31,28 @@ class Whitening:
         """Of what was read; for forms that could not take it into their weights, nothing is changed."""
         means, spreads = [], []
         for i in range(len(readings[0].layers)):
-            x = mx.concatenate([r.layers[i].x for r in readings]).astype(mx.float32)
+            mean, spread = _moments([r.layers[i].x for r in readings])
             plain = form not in FOLDABLE
-            means.append(mx.zeros(x.shape[1]) if plain else x.mean(axis=0))
-            spreads.append(mx.ones(x.shape[1]) if plain else mx.sqrt(x.var(axis=0) + 1e-6))
+            means.append(mx.zeros_like(mean) if plain else mean)
+            spreads.append(mx.ones_like(spread) if plain else spread)
         mx.eval(means, spreads)
         return cls(tuple(means), tuple(spreads))
+
+    @classmethod
+    def none(cls, widths: Sequence[int]) -> Whitening:
+        """One that changes nothing."""
+        return cls(tuple(mx.zeros(w) for w in widths), tuple(mx.ones(w) for w in widths))
+
+    def arrays(self) -> dict[str, mx.array]:
+        """By name, for a checkpoint."""
+        named = [(f"mean.{i}", x) for i, x in enumerate(self.means)]
+        return dict(named + [(f"spread.{i}", x) for i, x in enumerate(self.spreads)])
+
+    @classmethod
+    def restored(cls, arrays: dict[str, mx.array]) -> Whitening:
+        """From ``arrays()``."""
+        layers = range(len(arrays) // 2)
+        return cls(tuple(arrays[f"mean.{i}"] for i in layers), tuple(arrays[f"spread.{i}"] for i in layers))
 
     def __call__(self, layer: int, x: mx.array) -> mx.array:
         """Inputs ``(..., width)`` of a layer on the scale that gates are trained on, float32."""
@@ -47,9 +64,18 @@ class Whitening:
         plain.update(tree_map(lambda x: x, gates.parameters()))
         if gates.shape.form not in FOLDABLE:
             return plain
-        for gate, mean, spread in zip(plain.layers, self.means, self.spreads, strict=True):
+        layers: Any = plain.layers
+        for gate, mean, spread in zip(layers, self.means, self.spreads, strict=True):
             gate.weight = gate.weight / spread
             bias = "hidden_bias" if "hidden_bias" in gate else "bias"
             gate[bias] = gate[bias] - gate.weight @ mean
         mx.eval(plain.parameters())
         return plain
+
+
+def _moments(xs: Sequence[mx.array]) -> tuple[mx.array, mx.array]:
+    """Mean and spread ``(width,)`` of the rows of several arrays, one array at a time."""
+    count = sum(x.shape[0] for x in xs)
+    mean = mx.stack([x.astype(mx.float32).sum(axis=0) for x in xs]).sum(axis=0) / count
+    squares = [mx.square(x.astype(mx.float32) - mean).sum(axis=0) for x in xs]
+    return mean, mx.sqrt(mx.stack(squares).sum(axis=0) / count + 1e-6)

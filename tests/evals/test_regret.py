@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
+from tiny_gates import LIKE_OTHERS, given_gates
 from tiny_models import VOCAB, tiny_model
 
 from mlx_kvprune import detach
@@ -22,6 +23,7 @@ ASKED = np.array([350, 351, 400, 511, 512, 640, 699])
 @pytest.fixture(scope="module")
 def model():
     made = tiny_model("llama")
+    given_gates(made)
     yield made
     detach(made)
 
@@ -118,7 +120,8 @@ def test_a_row_is_the_sum_of_its_parts(model):
 
 @pytest.mark.parametrize("policy", sorted(set(POLICIES) - {"full", "probe"}))
 def test_every_policy_gives_a_table_of_evictions(model, policy):
-    lost = regret.evictions(model, TEXT[:300], Condition(policy, Budget(BUDGET)).caches(model))
+    more = tuple(LIKE_OTHERS.get(policy, {}).items())
+    lost = regret.evictions(model, TEXT[:300], Condition(policy, Budget(BUDGET), more=more).caches(model))
     held = (lost == regret.NEVER).sum(axis=-1)
     assert held.min() >= BUDGET - BLOCK
     assert held.max() <= BUDGET

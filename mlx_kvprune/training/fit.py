@@ -1,0 +1,305 @@
+"""One training from texts to a gate file: read, fit to what was attended to, distil, measure, write."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_kvprune.attach import hooked
+from mlx_kvprune.context import trained_context
+from mlx_kvprune.gates import Gates
+from mlx_kvprune.gates import files as gate_files
+from mlx_kvprune.training import checkpoint
+from mlx_kvprune.training.about import Ran, card_of
+from mlx_kvprune.training.calibrate import Quality, as_saved
+from mlx_kvprune.training.checkpoint import Progress
+from mlx_kvprune.training.distill import Distiller, prefixed, under
+from mlx_kvprune.training.joint import JointDistiller, let_learn, save_adapters
+from mlx_kvprune.training.methods import DISTILL, UTILITY
+from mlx_kvprune.training.objectives import OBJECTIVES
+from mlx_kvprune.training.plan import Plan
+from mlx_kvprune.training.pool import Pool
+from mlx_kvprune.training.reading import Reading, check_readable, gram, projections, read
+from mlx_kvprune.training.stages import fit_utility
+from mlx_kvprune.training.texts import Texts
+from mlx_kvprune.training.whitening import Whitening
+
+BEST, WHITENING = "best.", "whitening."  # prefixes of a checkpoint's arrays
+
+
+class Watch(Protocol):
+    """Who looks on."""
+
+    def stage(self, what: str, done: float, total: float, note: str = "") -> None:
+        """So much of a stage is done."""
+
+    def say(self, text: str) -> None:
+        """A line for the user."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """What came of a training.
+
+    Attributes:
+        path: the gate file.
+        card: what it says of itself.
+        progress: the curves.
+        adapters: folder of what the model learned, if it did.
+    """
+
+    path: Path
+    card: gate_files.Card
+    progress: Progress
+    adapters: Path | None = None
+
+
+def check_early(plan: Plan, out: Path, restart: bool) -> None:
+    """Refuse what can be refused before a model is loaded.
+
+    Raises:
+        ValueError: options that make no sense, files that cannot be read or written, another training's checkpoint.
+    """
+    plan.checked()
+    checkpoint.check_out(out, restart)
+    for paths in (plan.data, plan.held_out):
+        Texts.of(None, paths)
+    partial = checkpoint.place(out)
+    if partial.exists() and not restart:
+        checkpoint.load(partial, plan.identity())
+
+
+def fit(
+    model: nn.Module,
+    tokenizer: Any,
+    plan: Plan,
+    out: Path,
+    watch: Watch,
+    *,
+    restart: bool = False,
+    minutes: float | None = None,
+) -> Fitted:
+    """Train gates for a model and write their file.
+
+    Args:
+        model: of mlx-lm; it stays as it is, unless the plan says that it learns.
+        tokenizer: its tokenizer.
+        plan: what is wanted.
+        out: the gate file; a checkpoint lies beside it until it is written, and the same plan goes on from it.
+        watch: is told how far things are.
+        restart: forget the checkpoint, and write over ``out``.
+        minutes: after which distillation stops, earlier parts of the same training counted.
+
+    Raises:
+        ValueError: the plan makes no sense for the model, or the disk is full.
+    """
+    check_early(plan, out, restart)
+    check_readable(model)
+    limit, longest = trained_context(model), plan.length * (2 if plan.how.twice else 1)
+    if limit is not None and longest > limit:
+        raise ValueError(f"[tokens] longer than the model's trained context; got {longest}; try {limit} or less")
+    if restart:
+        checkpoint.place(out).unlink(missing_ok=True)
+    return _Training(model, tokenizer, plan, out, watch, minutes).run()
+
+
+class _Training:
+    """What is there while a training runs."""
+
+    def __init__(self, model: nn.Module, tokenizer: Any, plan: Plan, out: Path, watch: Watch, minutes: float | None):
+        self.model, self.plan, self.out, self.watch, self.minutes = model, plan, out, watch, minutes
+        self.began, self.before = time.monotonic(), 0.0
+        texts = Texts.of(tokenizer, plan.data, plan.seed)
+        self.texts, self.others = texts.split(plan.length)
+        if plan.held_out:
+            self.texts, self.others = texts, Texts.of(tokenizer, plan.held_out, plan.seed + 1)
+        self.grams = projections(model) if plan.how.norms else None
+        self.pool = Pool(self._text, plan.n_texts, plan.fresh, plan.memory, lean=DISTILL not in plan.stages)
+        self.kept: tuple[dict[str, mx.array], Progress] | None = None  # what an interrupted training writes
+        self.best: dict[str, mx.array] = {}
+
+    @property
+    def seconds(self) -> float:
+        return self.before + time.monotonic() - self.began
+
+    def run(self) -> Fitted:
+        """All stages."""
+        try:
+            return self._run()
+        except KeyboardInterrupt:
+            self._leave()
+            raise
+
+    def _run(self) -> Fitted:
+        arrays, progress = self._found()
+        self.held = self._read_held()
+        self._fill(progress.done)
+        gates = Gates(self.plan.shape(hooked(self.model).rung, self.widths), seed=self.plan.seed)
+        form = gates.shape.form
+        whitening = Whitening.restored(under(WHITENING, arrays)) if arrays else Whitening.of(self.pool.readings, form)
+        if UTILITY in self.plan.stages and not arrays:
+            self._say_loss(fit_utility(self.plan, gates, self.pool.readings, whitening, self.watch.stage))
+        distiller = self._distiller(gates, whitening)
+        if DISTILL in self.plan.stages:
+            if arrays:
+                distiller.restore(arrays, progress.done)
+                self.best = under(BEST, arrays)
+            self._distil(distiller, progress)
+        return self._finish(distiller, progress)
+
+    # -- texts -------------------------------------------------------------------------------------------------------
+
+    def _text(self, n: int) -> Reading:
+        tokens = self.texts.excerpt(n, self.plan.length)
+        window, twice = self.plan.recipe.window, self.plan.how.twice
+        return read(self.model, tokens, window, twice=twice, grams=self.grams)
+
+    def _read_held(self) -> list[Reading]:
+        found = []
+        for n in range(self.plan.n_held):
+            self.watch.stage("reading held-out texts", n, self.plan.n_held)
+            found.append(read(self.model, self.others.excerpt(n, self.plan.length), self.plan.recipe.window))
+        self.widths = tuple(layer.x.shape[1] for layer in found[0].layers)
+        return found
+
+    def _fill(self, done: int) -> None:
+        self.pool.fit_in(self.held[0])
+        if self.pool.size < self.plan.n_texts:
+            self.watch.say(f"[fit] {self.pool.size} texts are held at a time: more take more than --memory")
+        self.watch.stage("reading texts", 0, self.pool.size)
+        for n in self.pool.fill(done):
+            self.watch.stage("reading texts", n, self.pool.size)
+
+    # -- stages ------------------------------------------------------------------------------------------------------
+
+    def _say_loss(self, loss: float) -> None:
+        self.watch.say(f"[fit] utility: loss {loss:.4f} on what was read, after {self.seconds / 60:.1f} minutes")
+
+    def _distiller(self, gates: Gates, whitening: Whitening) -> Distiller:
+        if not self.plan.joint:
+            return Distiller(gates, self.model, whitening, self.plan.recipe)
+        let_learn(self.model, self.plan.lora)
+        return JointDistiller(gates, self.model, whitening, self.plan.recipe)
+
+    def _distil(self, distiller: Distiller, progress: Progress) -> None:
+        """Steps, and looks at held-out texts between them; afterwards the gates are the best that were seen."""
+        steps = self.plan.recipe.steps
+        self._keep(distiller, progress)
+        while True:
+            last = progress.done >= steps or self._time_is_over(progress)
+            looked = progress.checks and progress.checks[-1][0] == progress.done
+            if not looked and (last or progress.done % self.plan.every == 0):
+                self._look(distiller, progress)
+            if last or self._no_gain(progress):
+                return
+            _, kl = distiller.step(self.pool.readings)
+            progress.curve.append(round(kl, 5))
+            progress.done = distiller.done
+            self._keep(distiller, progress)
+            self.pool.after(progress.done)
+            note = f", KL {np.mean(progress.curve[-20:]):.3f}"
+            self.watch.stage("distilling", progress.done, steps, note)
+
+    def _look(self, distiller: Distiller, progress: Progress) -> None:
+        kls = distiller.held_out(self.held)
+        mean = float(np.mean(list(kls.values())))
+        progress.checks.append([progress.done, {share: round(kl, 5) for share, kl in kls.items()}])
+        settled = progress.done >= OBJECTIVES[distiller.recipe.target].settled * distiller.recipe.steps
+        better = mean < progress.best or not settled
+        if settled:
+            progress.best, progress.stale = min(mean, progress.best), 0 if better else progress.stale + 1
+        if better:
+            self.best = distiller.learned
+        self._keep(distiller, progress)
+        self._save()
+        shown = ", ".join(f"{kl:.4f} at {share}" for share, kl in kls.items())
+        self.watch.say(f"[fit] step {progress.done} of {self.plan.recipe.steps}: held-out KL {shown}")
+
+    def _no_gain(self, progress: Progress) -> bool:
+        """Whether to stop because gates no longer get better; says so."""
+        if enough := progress.stale >= self.plan.patience:
+            self.watch.say(f"[fit] no gain in {progress.stale} looks: stopping, with the best that was seen")
+        return enough
+
+    def _time_is_over(self, progress: Progress) -> bool:
+        """Whether to stop because of ``minutes``; says so."""
+        if over := self.minutes is not None and self.seconds > 60 * self.minutes:
+            self.watch.say(f"[fit] {self.minutes:g} minutes are over: stopping at step {progress.done}")
+        return over
+
+    # -- checkpoints -------------------------------------------------------------------------------------------------
+
+    def _found(self) -> tuple[dict[str, mx.array], Progress]:
+        """The checkpoint's arrays, if there is one, and where it stands."""
+        path = checkpoint.place(self.out)
+        if DISTILL not in self.plan.stages or not path.exists():
+            return {}, Progress()
+        arrays, progress = checkpoint.load(path, self.plan.identity())
+        self.before = progress.seconds
+        self.watch.say(f"[fit] going on from step {progress.done} ({path.name}); texts are read again first")
+        return arrays, progress
+
+    def _keep(self, distiller: Distiller, progress: Progress) -> None:
+        arrays = distiller.state | prefixed(WHITENING, distiller.whitening.arrays()) | prefixed(BEST, self.best)
+        copy = replace(progress, seconds=self.seconds, curve=[*progress.curve], checks=[*progress.checks])
+        self.kept = arrays, copy
+
+    def _save(self) -> None:
+        assert self.kept is not None
+        checkpoint.save(checkpoint.place(self.out), self.kept[0], self.plan.identity(), self.kept[1])
+
+    def _leave(self) -> None:
+        """Write what an interrupted training has, and say so."""
+        path = checkpoint.place(self.out)
+        if self.kept is not None:
+            self._save()
+            self.watch.say(f"[fit] interrupted at step {self.kept[1].done}; the same command goes on ({path.name})")
+        elif path.exists():
+            self.watch.say(f"[fit] interrupted; {path.name} is as it was, and the same command goes on from it")
+        else:
+            self.watch.say("[fit] interrupted before anything was trained; nothing was kept")
+
+    # -- the file ----------------------------------------------------------------------------------------------------
+
+    def _finish(self, distiller: Distiller, progress: Progress) -> Fitted:
+        """Measure the gates as they are saved, and save them."""
+        if self.best:
+            learned = under("gates.", self.best)
+            distiller.gates.restore(learned)
+            distiller.restore_model(self.best)
+        self.watch.stage("measuring", 0, 1)
+        quality = Quality(
+            as_saved(distiller.whitening.folded(distiller.gates)), self.plan.how, self.plan.recipe, self.held
+        )
+        rows = quality.rows(distiller.with_gates(quality.gates, quality.plain).held_out(self.held))
+        if self.plan.joint:
+            quality = replace(quality, readings=self._read_held())  # as the model reads them now
+        thresholds = quality.thresholds()
+        rows += quality.threshold_rows(self.model, thresholds)
+        adapters = self._save_adapters()
+        about = Ran(self.plan, self.seconds, progress.done, self.pool.size, self._texts_read(progress), len(self.held))
+        card = card_of(about, thresholds, rows, self._without_outputs(), adapters)
+        path = checkpoint.write(lambda: gate_files.save(self.out, quality.gates, self.model, card), self.out)
+        checkpoint.place(self.out).unlink(missing_ok=True)
+        return Fitted(path, card, progress, adapters)
+
+    def _texts_read(self, progress: Progress) -> int:
+        return self.pool.size + self.pool.replaced(progress.done)
+
+    def _without_outputs(self) -> bool:
+        """Whether norms were wanted, and some layer has no output projection that is known."""
+        shapes = [(x.attention, x.shape.n_heads, x.shape.value_dim) for x in hooked(self.model).rung.layers]
+        return self.plan.how.norms and any(gram(*shape) is None for shape in shapes)
+
+    def _save_adapters(self) -> Path | None:
+        if not self.plan.joint:
+            return None
+        folder = self.out.with_name(f"{self.out.stem}-adapters")
+        checkpoint.write(lambda: save_adapters(folder, self.model, self.plan.lora), folder)
+        return folder

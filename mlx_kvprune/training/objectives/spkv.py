@@ -1,0 +1,41 @@
+"""SP-KV's write gate: ``u = sigmoid(gate(h))``, and ``log(u + eps)`` on the logits of keys older than the window.
+
+As published the model learns with its gates, from the next token alone (``joint``). A model that stays as it is hardly makes
+them sparse, so that a capacity term leads their mean to a density. In the last quarter ``(1 - a) u + a [u >= tau]`` with ``a``
+from 0 to 1 takes the place of ``u``, and what training saw is what the cache will do.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+
+from mlx_kvprune.training.bias import Bias
+from mlx_kvprune.training.objective import dropped_biases, outside
+from mlx_kvprune.training.objectives.base import Raws
+from mlx_kvprune.training.recipe import Example, Recipe, ramp
+
+EPS = 1e-6
+TAU = 0.5
+LAST = 0.75  # share of the training after which gates become hard
+LED = 0.5  # share of it after which the density is what was asked for
+
+
+def written(raw: mx.array, recipe: Recipe, step: int) -> mx.array:
+    """``u``, and towards the end what it becomes at the threshold, whose gradient is that of ``u`` (straight-through)."""
+    u = mx.sigmoid(raw)
+    hard = (u >= TAU).astype(mx.float32) + u - mx.stop_gradient(u)
+    a = ramp(step, recipe, LAST, 1.0)
+    return (1 - a) * u + a * hard
+
+
+def biases(raws: Raws, example: Example, recipe: Recipe, step: int) -> list[Bias]:
+    """``log(u + eps)`` for keys older than the window."""
+    drops = [mx.log(mx.maximum(written(raw, recipe, step), 0.0) + EPS) for raw in raws]
+    return dropped_biases(drops, example.start, example.length, example.bounds)
+
+
+def written_beyond(raws: Raws, example: Example, recipe: Recipe, step: int) -> mx.array:
+    """What the mean of ``u`` is above the density, which falls from one in the first half."""
+    allowed = 1 + (recipe.density - 1) * ramp(step, recipe, 0.0, LED)
+    mean = mx.concatenate([outside(written(raw, recipe, step), example.bounds) for raw in raws]).mean()
+    return mx.maximum(mean - allowed, 0.0)

@@ -1,0 +1,274 @@
+"""``fit``: a gate file and its card, going on after an interruption, what is refused."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import mlx.core as mx
+import mlx_lm
+import numpy as np
+import pytest
+from cli_helpers import ENVIRONMENT, run
+from mlx.utils import tree_flatten
+
+import mlx_kvprune as kvp
+from mlx_kvprune import models
+from mlx_kvprune.cli import main as cli
+from mlx_kvprune.gates import files
+from mlx_kvprune.training import checkpoint, fit
+from mlx_kvprune.training.plan import Plan
+from mlx_kvprune.training.pool import Pool
+
+
+@pytest.fixture(scope="session")
+def book(tmp_path_factory):
+    path = tmp_path_factory.mktemp("texts") / "book.jsonl.gz"
+    lines = [f"In chapter {i} there were {i * i % 97} of them, and {i % 7} of the others." for i in range(900)]
+    one = {"text": "\n".join(lines), "licence": "CC0"}
+    path.write_bytes(gzip.compress("\n".join(json.dumps(one) for _ in range(2)).encode()))
+    return path
+
+
+def arguments(tiny, book, out, *more: str) -> list[str]:
+    small = ["--texts", "2", "--tokens", "512", "--data", str(book), "--out", str(out)]
+    return ["fit", "--model", str(tiny), *small, *more]
+
+
+def call(capsys, *words: str) -> tuple[int, str, str]:
+    code = cli.main(list(words))
+    return code, *capsys.readouterr()
+
+
+def reads(tiny, method: str, gates: str) -> None:
+    """A cache of the policy takes the gates, and a text that is longer than its budget."""
+    model, _ = models.load(tiny)
+    kvp.attach(model, policy=method, budget=400, gates=gates, quiet=True)
+    logits = model(mx.arange(600)[None] % 90, cache=model.make_cache())
+    kvp.detach(model)
+    assert np.isfinite(np.array(logits)).all()
+
+
+class Quiet:
+    """Watches, and may stop a training after some steps."""
+
+    def __init__(self, stop: int = -1):
+        self.stop, self.lines = stop, []
+
+    def stage(self, what, done, total, note=""):
+        if what == "distilling" and done == self.stop:
+            raise KeyboardInterrupt
+
+    def say(self, text):
+        self.lines.append(text)
+
+
+def test_utility_end_to_end_in_a_process_of_its_own(tiny, book, tmp_path):
+    out = tmp_path / "gates-retention.safetensors"
+    found = run(*arguments(tiny, book, out, "--stage", "utility", "--json"))
+    assert found.returncode == 0, found.stderr
+    told = json.loads(found.stdout.splitlines()[-1])
+    card = files.read_card(out)
+    assert told["out"] == str(out) and told["stage"] == card.stage == "utility"
+    assert card.data == ("book.jsonl.gz (CC0)",)
+    assert card.tokens == 1024 and "CPU" in card.minutes and "held-out parts" in card.limits
+    assert [row["budget"] for row in card.quality] == ["1/4", "1/8", "1/16"]
+    assert card.settings["form"] == "shared" and not checkpoint.place(out).exists()
+    reads(tiny, "retention", str(out))
+
+
+@pytest.mark.parametrize("method", ["kvzap", "fastkvzip", "dms", "spkv"])
+def test_every_method_writes_a_file_that_its_policy_takes(tiny, book, tmp_path, capsys, method):
+    out = tmp_path / "g"  # the suffix is added
+    steps = ["--steps", "3"] if method in ("dms", "spkv") else []
+    code, stdout, stderr = call(capsys, *arguments(tiny, book, out, "--method", method, *steps, "--json"))
+    assert code == 0, stderr
+    told = json.loads(stdout)
+    assert list(told["thresholds"]) == ["1/2", "1/4", "1/8", "1/16"]
+    assert {row.get("threshold") for row in told["quality"]} >= set(told["thresholds"])
+    reads(tiny, method, told["out"])
+
+
+def test_adapters_are_mlx_lms_own(tiny, book, tmp_path, capsys):
+    out = tmp_path / "g.safetensors"
+    code, _, stderr = call(capsys, *arguments(tiny, book, out, "--method", "spkv", "--lora", "2", "--steps", "2"))
+    assert code == 0, stderr
+    model = mlx_lm.load(str(tiny), adapter_path=str(tmp_path / "g-adapters"))[0]
+    assert "g-adapters" in files.read_card(out).limits
+    assert any(name.endswith("lora_b") for name, _ in tree_flatten(model.parameters()))
+    files.load_for(model, "spkv", str(out))
+
+
+def test_going_on_gives_the_same_gates(tiny, book, tmp_path):
+    model, tokenizer = models.load(tiny)
+    plan = Plan(data=(str(book),), texts=2, tokens=512, steps=6, check=2, fresh=3)
+    straight = fit.fit(model, tokenizer, plan, tmp_path / "a.safetensors", Quiet())
+    for stop in (3, 5):  # 3: a text was replaced; 5: after a look
+        out = tmp_path / f"b{stop}.safetensors"
+        watch = Quiet(stop)
+        with pytest.raises(KeyboardInterrupt):
+            fit.fit(model, tokenizer, plan, out, watch)
+        assert f"interrupted at step {stop}" in watch.lines[-1] and checkpoint.place(out).exists()
+        watch = Quiet()
+        again = fit.fit(model, tokenizer, plan, out, watch)
+        assert f"going on from step {stop}" in watch.lines[0]
+        ours, theirs = (files.load(x.path)[0].arrays() for x in (again, straight))
+        assert all(mx.array_equal(ours[name], theirs[name]) for name in theirs)
+        assert again.progress.curve == straight.progress.curve and again.progress.checks == straight.progress.checks
+        assert not checkpoint.place(out).exists()
+    kvp.detach(model)
+
+
+def test_another_command_does_not_go_on(tiny, book, tmp_path, capsys):
+    model, tokenizer = models.load(tiny)
+    out = tmp_path / "g.safetensors"
+    plan = Plan(model=str(tiny), data=(str(book),), texts=2, tokens=512, steps=4)
+    with pytest.raises(KeyboardInterrupt):
+        fit.fit(model, tokenizer, plan, out, Quiet(2))
+    kvp.detach(model)
+    code, _, stderr = call(capsys, *arguments(tiny, book, out, "--steps", "5"))
+    assert code == 2 and re.search(
+        r"\[steps\] .*g\.partial.* got 5, it had 4; try the same command, or --restart", stderr
+    )
+    code, _, stderr = call(capsys, *arguments(tiny, book, out, "--steps", "4"))
+    assert code == 0 and "going on from step 2" in stderr
+    code, _, stderr = call(capsys, *arguments(tiny, book, out, "--steps", "4"))
+    assert code == 2 and "stands there already" in stderr
+    code, _, stderr = call(capsys, *arguments(tiny, book, out, "--steps", "2", "--restart"))
+    assert code == 0, stderr
+
+
+def test_interrupted_in_a_terminal(tiny, book, tmp_path):
+    out = tmp_path / "g.safetensors"
+    command = [sys.executable, "-m", "mlx_kvprune", *arguments(tiny, book, out, "--steps", "5000", "--check", "1")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=ENVIRONMENT)
+    end = time.monotonic() + 60
+    while not checkpoint.place(out).exists() and time.monotonic() < end:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    stderr = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "the same command goes on" in stderr.splitlines()[-1]
+    assert "Traceback" not in stderr and not out.exists()
+
+
+def test_stops_without_gain_and_when_time_is_over(tiny, book, tmp_path):
+    model, tokenizer = models.load(tiny)
+    plan = Plan(data=(str(book),), texts=2, tokens=512, steps=30, check=1, patience=2, rate=1e-12)
+    watch = Quiet()
+    found = fit.fit(model, tokenizer, plan, tmp_path / "a.safetensors", watch)
+    assert found.progress.done < 30 and any("no gain in 2 looks" in line for line in watch.lines)
+    watch = Quiet()
+    found = fit.fit(model, tokenizer, plan, tmp_path / "b.safetensors", watch, minutes=0.0)
+    assert found.progress.done == 0 and any("minutes are over" in line for line in watch.lines)
+    kvp.detach(model)
+
+
+def test_curves_are_drawn(tiny, book, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "curve.png"
+    words = arguments(
+        tiny, book, tmp_path / "g.safetensors", "--stage", "distill", "--steps", "3", "--plot", str(picture)
+    )
+    code, _, stderr = call(capsys, *words)
+    assert code == 0, stderr
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert sum("held-out KL" in line for line in stderr.splitlines()) == 4  # a line for each look, and no bar
+
+
+BAD = [
+    ("--method gated", r"\[method\] not known; got 'gated'; try"),
+    ("--method kvza", r"\[method\] not known; got 'kvza'; try kvzap"),
+    ("--method kvzap --stage distill", r"\[stage\] kvzap has no such stage; got 'distill'; try one of: utility"),
+    ("--method dms --stage both", r"\[stage\] dms has no such stage; got 'both'; try one of: distill"),
+    ("--form dms", r"\[form\] not one that retention has; got 'dms'; try one of: shared"),
+    ("--target hope", r"\[target\] .*; got 'hope'; try one of: budget, decay"),
+    ("--method kvzap --target decay", r"\[target\] .*; got 'decay'; try it without"),
+    ("--steps 0", r"invalid value for '--steps'"),
+    ("--stage utility --steps 9", r"\[steps\] would have no effect here; got 9; try it without --steps"),
+    ("--capacity 2", r"\[capacity\] would have no effect here; got 2.0; try"),
+    ("--form linear --hidden 9", r"\[hidden\] would have no effect here; got 9; try"),
+    ("--rate -1", r"\[rate\] must be above 0; got -1; try"),
+    ("--tokens 300", r"\[tokens\] must be a multiple of 256, at least 512; got 300; try 512"),
+    ("--tokens 1000", r"\[tokens\] must be a multiple of 256, at least 512; got 1000; try 768"),
+    ("--lora 4", r"\[lora\] only spkv .*; got --method retention; try --method spkv"),
+    ("--method spkv --lora 4 --full", r"\[lora\] all weights or adapters; got --lora 4 with --full; try"),
+    ("--data nosuch.txt", r"\[data\] cannot read nosuch.txt; got No such file or directory; try another --data"),
+    ("--held-out nosuch.txt", r"\[data\] cannot read nosuch.txt; got"),
+    ("--data picture.png", r"\[data\] not a known kind of text; got 'picture.png'; try"),
+    ("--out nosuch/g.safetensors", r"\[out\] no such folder; got 'nosuch'; try"),
+    ("--plot curve.bmp", r"\[plot\] not a picture's name; got 'curve.bmp'; try"),
+    ("--stage utility --plot curve.png", r"\[plot\] nothing to draw; got .*; try it without --plot"),
+]
+
+
+@pytest.mark.parametrize(("words", "message"), BAD)
+def test_bad_options_are_one_line_before_a_model_is_loaded(monkeypatch, capsys, tmp_path, words, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("mlx_kvprune.cli.fit.load", lambda options: pytest.fail("a model was loaded"))
+    code, stdout, stderr = call(capsys, "fit", *words.split())
+    assert code == 2 and stdout == "" and stderr.count("\n") == 1, stderr
+    assert re.search(message, stderr), stderr
+
+
+@pytest.mark.parametrize("method", ["retention", "kvzap"])
+def test_texts_longer_than_the_models_context(short, book, tmp_path, capsys, method):
+    code, _, stderr = call(capsys, *arguments(short, book, tmp_path / "g.safetensors", "--method", method))
+    assert code == 2
+    assert re.search(r"\[tokens\] longer than the model's trained context; got (512|1024); try 300", stderr)
+
+
+def test_texts_that_are_too_short(tiny, tmp_path, capsys):
+    (tmp_path / "short.txt").write_text("A short text.")
+    code, _, stderr = call(capsys, *arguments(tiny, tmp_path / "short.txt", tmp_path / "g.safetensors"))
+    assert code == 2
+    assert re.search(r"\[fit\] no text of 512 tokens in what is held out; got shorter ones; try longer texts", stderr)
+
+
+def test_a_full_disk_is_one_line(tiny, book, tmp_path, capsys, monkeypatch):
+    def full(*_):
+        raise RuntimeError("[write] Unable to write 8 bytes to file.")
+
+    monkeypatch.setattr(mx, "save_safetensors", full)
+    code, _, stderr = call(capsys, *arguments(tiny, book, tmp_path / "g.safetensors", "--stage", "utility"))
+    assert code == 2
+    assert re.search(
+        r"\[out\] cannot write .*g.safetensors; got \[write\] Unable to write 8 bytes to file; try", stderr
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_broken_checkpoint_is_one_line(tiny, book, tmp_path, capsys):
+    (tmp_path / "g.partial.safetensors").write_bytes(b"nothing")
+    code, _, stderr = call(capsys, *arguments(tiny, book, tmp_path / "g.safetensors", "--steps", "3"))
+    assert code == 2 and "not a checkpoint that can be gone on with" in stderr and "--restart" in stderr
+
+
+class Text:
+    """Stands for a reading of the n-th text."""
+
+    def __init__(self, n: int, nbytes: int = 10):
+        self.n, self.nbytes = n, nbytes
+
+
+@pytest.mark.parametrize(("size", "every"), [(3, 2), (4, 1), (2, 0), (1, 3)])
+def test_a_pool_that_is_filled_again_holds_the_same_texts(size, every):
+    straight = Pool(Text, size, every, 1000)
+    list(straight.fill())
+    for done in range(12):
+        if done:
+            straight.after(done)
+        again = Pool(Text, size, every, 1000)
+        list(again.fill(done))
+        assert [r.n for r in again.readings] == [r.n for r in straight.readings]
+
+
+def test_a_pool_is_bounded_in_memory():
+    pool = Pool(Text, 40, 2, 45)
+    pool.fit_in(Text(0))
+    assert list(pool.fill()) == [1, 2, 3, 4]
+    assert sum(r.nbytes for r in pool.readings) <= 45

@@ -1,0 +1,89 @@
+"""Gated policies in evaluations: rows name the allocator, old rows keep their keys, who lacks gates is left out by one note."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from tiny_gates import GATED, given_gates
+from tiny_models import VOCAB, tiny_model
+
+from mlx_kvprune import detach
+from mlx_kvprune.attach import attachment_of
+from mlx_kvprune.evals.conditions import Condition, feed, gate_bytes, grid, held, possible
+from mlx_kvprune.evals.equal import levelled, planned_nbytes
+from mlx_kvprune.evals.job import Grid, Job
+from mlx_kvprune.evals.store import key
+from mlx_kvprune.policy import POLICIES
+from mlx_kvprune.settings import Budget
+
+TEXT = np.random.default_rng(0).integers(0, VOCAB, 700).tolist()
+
+
+@pytest.fixture(name="model")
+def _model():
+    made = tiny_model("llama")
+    yield made
+    detach(made)
+
+
+def test_rows_name_the_allocator_that_is_used():
+    named = lambda *allocators: [
+        (c.describe()["policy"], c.describe()["allocator"], dict(c.more))
+        for c in grid(["knorm", "retention", "spkv"], [300], allocators=allocators)[3:]
+    ]
+    own = [("knorm", "uniform", {}), ("retention", "global", {}), ("spkv", "head_adaptive", {})]
+    assert named("auto") == own
+    assert grid(["spkv"], [300])[-1].allocator == "head_adaptive"
+    assert named("auto", "global") == [
+        *own,
+        ("knorm", "global", {"allocator": "global"}),
+        ("spkv", "global", {"allocator": "global"}),
+    ]
+    assert named("uniform")[:2] == [("knorm", "uniform", {}), ("retention", "uniform", {"allocator": "uniform"})]
+    assert Condition("retention", more=(("allocator", "auto"),)).describe()["allocator"] == "global"
+    for condition in grid(["all"], [300]):
+        assert condition.settings().get("allocator", "auto") in ("auto", condition.allocator)
+
+
+@pytest.mark.parametrize("allocator", ["uniform", "global", "auto"])
+def test_rows_that_were_stored_before_are_found_again(allocator):
+    """The fields of a unit as they were written when ``uniform`` was everybody's default."""
+    old = {"policy": "knorm", "allocator": "uniform", "budget": "256", "seed": 0, "kv_bits": 4}
+    old["allocator"] = "uniform" if allocator == "auto" else allocator
+    (condition,) = [c for c in grid(["knorm"], [256], allocators=(allocator,), bits=(4,)) if c.policy == "knorm"]
+    assert key({"task": "x", **condition.describe()}) == key(json.loads(json.dumps({"task": "x", **old})))
+
+
+def test_who_lacks_gates_is_left_out_by_one_note(model):
+    """``--policies all``: the others run; with several budgets it is still one note for each policy."""
+    found, notes = possible(model, grid(["all"], [300, 400]))
+    assert {c.policy for c in found} == set(POLICIES) - set(GATED)
+    assert sorted(note.split()[0] for note in notes) == sorted(GATED)
+    assert all("[gates] policy" in note and "\n" not in note for note in notes)
+    job = Job(model, None, [], Grid(("all",), ("1/2", "1/3", "300")))
+    found, notes = job.conditions(700)
+    assert {c.policy for c in found} == set(POLICIES) - set(GATED)
+    assert sorted(note.split()[0] for note in notes) == sorted(GATED)
+    given_gates(model, ["retention"])
+    found, notes = possible(model, grid(["all"], [300]))
+    assert {c.policy for c in found} == set(POLICIES) - set(GATED) | {"retention"}
+    assert len(notes) == len(GATED) - 1
+
+
+@pytest.mark.parametrize("policy", GATED)
+def test_levelled_by_what_is_held_not_by_the_gates(model, policy):
+    """At the bytes of ``window``; gates are weights, named beside."""
+    given_gates(model)
+    (condition,), notes = levelled(model, [Condition(policy, Budget(420))])
+    assert not notes
+    assert condition.describe()["budget"] != "420"
+    target = planned_nbytes(model, Condition("window", Budget(420)))
+    caches = condition.caches(model)
+    feed(model, TEXT, caches)
+    assert held(caches)["kv_bytes_peak"] <= planned_nbytes(model, condition) <= target
+    assert planned_nbytes(model, condition) > 0.97 * target
+    gates = attachment_of(model).gates[policy, ""]
+    assert gate_bytes(model, condition) == gates.nbytes == sum(x.nbytes for x in gates.arrays().values()) > 0
+    assert gate_bytes(model, Condition("window")) == 0

@@ -1,0 +1,169 @@
+"""The student, and gates that are trained through it."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+import tiny_models as zoo
+from mlx.utils import tree_flatten
+from training_helpers import WINDOW, gates_for, readings, shaken, text
+
+import mlx_kvprune as kvp
+from mlx_kvprune.attach import hooked
+from mlx_kvprune.training.bias import Bias
+from mlx_kvprune.training.calibrate import Quality, as_saved
+from mlx_kvprune.training.distill import Distiller, held_out, loss_of, raws_of
+from mlx_kvprune.training.joint import JointDistiller, let_learn
+from mlx_kvprune.training.methods import METHODS
+from mlx_kvprune.training.objectives import OBJECTIVES
+from mlx_kvprune.training.recipe import Example, Recipe, bounds_of
+from mlx_kvprune.training.student import run, run_live
+from mlx_kvprune.training.whitening import Whitening
+
+FORMS = {"budget": "shared", "decay": "mlp", "spkv": "mlp", "dms": "dms"}
+
+
+def recipe(target: str = "budget", **more) -> Recipe:
+    given = {"steps": 40, "rate": 3e-5 if target == "dms" else 1e-2, "shares": (0.2, 0.3), "window": WINDOW}
+    given |= {"ageing": target in ("budget", "decay"), "falling": target == "dms"}
+    return Recipe(target=target, **{**given, "bias_rate": 0.0, "warm": 1.0, "cold": 0.2, **more})
+
+
+def nothing(heads: int, start: int, length: int) -> Bias:
+    """The bias of gates that do nothing."""
+    return Bias(mx.zeros((heads, 1, start + length)), mx.ones((length, start + length), mx.bool_))
+
+
+def causal(model, start: int, length: int) -> list[Bias]:
+    return [nothing(2, start, length) for _ in range(2)]
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral:sliding", "gpt_oss", "qwen3", "qwen3_5", "granite"])
+def test_without_biases_the_student_is_the_model(kind):
+    model = zoo.tiny_model(kind)
+    try:
+        tokens = text(0)
+        expected = np.array(model(mx.array(tokens)[None])[0])
+        reading = readings(model, 1)[0]
+        heads = [layer.keys.shape[0] for layer in reading.layers]
+        for start in (0, 256):
+            biases = [nothing(h, start, 256) for h in heads]
+            found = np.array(run(model, reading, start, 256, biases))
+            np.testing.assert_allclose(found, expected[start : start + 256], atol=3e-2)  # keys were kept as float16
+    finally:
+        kvp.detach(model)
+
+
+def test_live_student_is_the_model(model):
+    hooked(model)
+    tokens = mx.array(text(0, 128))
+    found = run_live(model, tokens, lambda i, x: nothing(2, 0, 128))
+    np.testing.assert_allclose(np.array(found), np.array(model(tokens[None])[0]), atol=1e-4)
+
+
+@pytest.mark.parametrize("target", list(OBJECTIVES))
+def test_every_objective_lowers_its_loss(model, pool, target):
+    """The same example before and after, at the same step: what is asked changes as training goes on."""
+    how, whitening = recipe(target), Whitening.of(pool, FORMS[target])
+    distiller = Distiller(gates_for(model, FORMS[target]), model, whitening, how)
+    example = Example(pool[0], 256, bounds_of(110, how))
+    loss = lambda: loss_of(distiller.gates, model, example, whitening, how, 39)[0].item()
+    before = loss()
+    for _ in range(25):
+        distiller.step(pool)
+    assert loss() < before
+
+
+def test_distillation_lowers_the_held_out_kl(model, pool, held):
+    how, whitening = recipe(warm=0.5), Whitening.of(pool, "shared")
+    gates = shaken(gates_for(model, "shared"), scale=0.05)
+    before = held_out(gates, model, held, whitening, how)
+    distiller = Distiller(gates, model, whitening, how)
+    for _ in range(40):
+        distiller.step(pool)
+    after = distiller.held_out(held)
+    assert np.mean(list(after.values())) < 0.97 * np.mean(list(before.values()))
+
+
+def test_only_gates_learn(model, pool):
+    before = {name: np.array(x) for name, x in tree_flatten(model.parameters())}
+    how, whitening = recipe(), Whitening.of(pool, "shared")
+    distiller = Distiller(gates_for(model, "shared"), model, whitening, how)
+    start = {name: np.array(x) for name, x in distiller.gates.arrays().items()}
+    distiller.step(pool)
+    assert all((np.array(x) == before[name]).all() for name, x in tree_flatten(model.parameters()))
+    assert all((np.array(x) != start[name]).any() for name, x in distiller.gates.arrays().items())
+
+
+@pytest.mark.parametrize("target", list(OBJECTIVES))
+def test_gradient_reaches_every_gate(model, pool, target):
+    how, whitening = recipe(target), Whitening.of(pool, FORMS[target])
+    gates = shaken(gates_for(model, FORMS[target]), scale=1e-3 if target == "dms" else 0.3)
+    example = Example(pool[0], 256, bounds_of(110, how))
+    gradient = nn.value_and_grad(gates, lambda g: loss_of(g, model, example, whitening, how, 20)[0])(gates)[1]
+    for name, x in tree_flatten(gradient):
+        assert np.isfinite(np.array(x)).all() and np.abs(np.array(x)).max() > 0, name
+
+
+@pytest.mark.parametrize("target", ["budget", "dms"])
+def test_a_restored_distiller_goes_on_as_if_nothing_had_happened(model, pool, target):
+    how, whitening = recipe(target, steps=8), Whitening.of(pool, FORMS[target])
+    straight = Distiller(gates_for(model, FORMS[target]), model, whitening, how)
+    for _ in range(3):
+        straight.step(pool)
+    state = straight.state
+    for _ in range(3):
+        straight.step(pool)
+    again = Distiller(gates_for(model, FORMS[target], seed=9), model, whitening, how)
+    again.restore(state, 3)
+    for _ in range(3):
+        again.step(pool)
+    for name, x in straight.state.items():
+        assert mx.array_equal(x, again.state[name]), name
+
+
+@pytest.mark.parametrize("rank", [2, 0])
+def test_joint_training_moves_model_and_gates(pool, tmp_path, rank):
+    model = zoo.tiny_model("llama")
+    try:
+        texts = readings(model, 1)
+        how, whitening = recipe("spkv", steps=8, rate=1e-3, surprisal=1.0, capacity=0.0), Whitening.of(texts, "mlp")
+        let_learn(model, rank)
+        distiller = JointDistiller(gates_for(model, "mlp"), model, whitening, how)
+        before = {name: np.array(x) for name, x in distiller.learned.items()}
+        losses = [distiller.step(texts)[0] for _ in range(6)]
+        moved = [name for name, x in distiller.learned.items() if (np.array(x) != before[name]).any()]
+        assert losses[-1] < losses[0]
+        assert any(name.startswith("gates.") for name in moved) and any(name.startswith("model.") for name in moved)
+        gates = {name: np.array(x) for name, x in distiller.gates.arrays().items()}
+        distiller.step(texts)  # the last quarter
+        assert all((np.array(x) == gates[name]).all() for name, x in distiller.gates.arrays().items())
+        frozen = len(tree_flatten(model.parameters())) - len(tree_flatten(model.trainable_parameters()))
+        assert (frozen > 0) == bool(rank)
+    finally:
+        kvp.detach(model)
+
+
+@pytest.mark.parametrize("method", ["spkv", "kvzap", "fastkvzip", "dms"])
+def test_thresholds_keep_what_they_promise(model, held, method):
+    how = METHODS[method]
+    gates = as_saved(shaken(gates_for(model, how.forms[0]), scale=0.01))
+    quality = Quality(gates, how, recipe(), held)
+    found = quality.thresholds()
+    assert list(found) == ["1/2", "1/4", "1/8", "1/16"]
+    for n, threshold in zip((2, 4, 8, 16), found.values(), strict=True):
+        kept = [
+            (np.array(how.score(raw))[:, 4 : 512 - WINDOW] >= threshold).mean()
+            for reading in held
+            for raw in raws_of(gates, reading, quality.plain, 512)
+        ]
+        assert np.mean(kept) == pytest.approx(1 / n, abs=0.03)  # equal inputs have equal scores
+    assert quality.kl_at(model, -1e9) == pytest.approx(0, abs=1e-3)
+    assert quality.kl_at(model, found["1/16"]) > quality.kl_at(model, found["1/2"])
+
+
+def test_retention_has_no_threshold(model, held):
+    gates = as_saved(gates_for(model, "shared"))
+    assert Quality(gates, METHODS["retention"], recipe(), held).thresholds() == {}
