@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_kvprune.settings import PAGE
 from mlx_kvprune.training import objective
 from mlx_kvprune.training.objective import Bounds, budget_biases, decay_biases, divergence, held_by_decay, thresholds
 from mlx_kvprune.training.objectives import dms, spkv
@@ -32,9 +35,8 @@ def brute_levels(scores: np.ndarray, bounds: Bounds) -> np.ndarray:
     """Which of ``(heads, n)`` stay: floors first, then the best of what is left, one by one."""
     heads, n = scores.shape
     stay = np.zeros((heads, n), bool)
-    floor = (
-        min(bounds.pool, 32 * -(-int(bounds.head_floor * bounds.pool) // 32)) if bounds.scope != "head" else bounds.pool
-    )
+    floor = min(bounds.pool, PAGE * math.ceil(bounds.head_floor * bounds.pool / PAGE))
+    floor = bounds.pool if bounds.scope == "head" else floor
     for h in range(heads):
         stay[h, np.argsort(-scores[h])[:floor]] = True
     for flat in np.argsort(-scores, axis=None):
@@ -80,10 +82,10 @@ def test_everything_is_held_while_there_is_room():
 def test_every_head_keeps_its_floor():
     scores = drawn(2)
     scores[0][0] -= 100  # would hold nothing
-    taus = thresholds([mx.array(x) for x in scores], START, LENGTH, Bounds(60, 12, 16, head_floor=0.5))
+    taus = thresholds([mx.array(x) for x in scores], START, LENGTH, Bounds(96, 12, 16, head_floor=0.3))
     now = START + LENGTH // 2
     of = np.arange(4, now - 12)
-    assert (scores[0][0, of] - np.log(now - of) >= taus[0, 0] - 1e-4).sum() == int(0.5 * Bounds(60, 12, 16).pool)
+    assert (scores[0][0, of] - np.log(now - of) >= taus[0, 0] - 1e-4).sum() == PAGE
 
 
 def test_decay_is_the_papers_formula():
