@@ -6,6 +6,7 @@
 ``global``         all heads of all layers compete, each with a floor.
 
 The first two are settled before the first token (``slots_per_layer``), the others at every upkeep (``share_pages``).
+Local layers (``settings.local``) hold sinks and ring alone, and take no part; what they leave free goes to the others.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from mlx_kvprune.settings import PAGE, CacheSettings
+from mlx_kvprune.settings import PAGE, CacheSettings, layers_text
 from mlx_kvprune.storage import LayerShape, layer_nbytes
 
 STEEPNESS = 20  # PyramidKV's beta: the last layer's pool is 1/20 of the mean
@@ -32,17 +33,21 @@ def slots_per_layer(
         states: bytes of each layer's scorer state.
 
     Raises:
-        ValueError: the budget has no room for sinks, window and ring.
+        ValueError: the budget has no room for sinks, window and ring, or all layers are to be local.
     """
     budget = settings.budget
+    check_local(settings, len(shapes))
     if budget.nbytes is None and budget.tokens is None:
         return None
     if budget.nbytes is None:
         assert budget.tokens is not None
-        return _by_layer(settings.check_tokens(budget.tokens), len(shapes), settings)
+        mean, more = _freed(settings.check_tokens(budget.tokens), shapes, settings)
+        return _with_local(_handed_out(mean, more, shapes, settings), len(shapes), settings)
+    by_layer = lambda mean: _with_local(
+        _by_layer(mean, len(shapes) - len(settings.local), settings), len(shapes), settings
+    )
     nbytes = lambda mean: sum(
-        layer_nbytes(s, settings, slots, memory, n)
-        for s, n, slots in zip(shapes, states, _by_layer(mean, len(shapes), settings), strict=True)
+        layer_nbytes(s, settings, slots, memory, n) for s, n, slots in zip(shapes, states, by_layer(mean), strict=True)
     )
     least = settings.smallest_budget
     if nbytes(least) > budget.nbytes:
@@ -57,7 +62,47 @@ def slots_per_layer(
     while above - below > 1:
         middle = (below + above) // 2
         below, above = (middle, above) if nbytes(middle) <= budget.nbytes else (below, middle)
-    return _by_layer(below, len(shapes), settings)
+    return by_layer(below)
+
+
+def check_local(settings: CacheSettings, n_layers: int) -> None:
+    """Raise ``ValueError`` where local layers are not there, or nothing but local ones is."""
+    unknown = sorted(layer for layer in settings.local if layer >= n_layers)
+    if unknown:
+        raise ValueError(
+            f"[local-layers] no such layer; got {layers_text(unknown)} of {n_layers} bounded layers; "
+            f"try numbers up to {n_layers - 1}"
+        )
+    if len(settings.local) == n_layers:
+        raise ValueError(
+            f"[local-layers] all {n_layers} layers would be local, so that nothing is left to choose; got "
+            f"{settings.local_layers}; try --policy window"
+        )
+
+
+def _freed(tokens: int, shapes: Sequence[LayerShape], settings: CacheSettings) -> tuple[int, int]:
+    """Slots per KV head of the layers that are not local, so that all heads together hold ``tokens`` on average; and slots
+    left over."""
+    heads = [s.n_kv_heads for s in shapes]
+    local = sum(heads[layer] for layer in settings.local)
+    total = tokens * sum(heads) - local * (settings.ring_size + settings.n_sink)
+    return divmod(total, sum(heads) - local)
+
+
+def _handed_out(mean: int, more: int, shapes: Sequence[LayerShape], settings: CacheSettings) -> list[int]:
+    """Slots of the layers that are not local; the first of them take what is left over, where pages do not come alike."""
+    others = [s.n_kv_heads for layer, s in enumerate(shapes) if layer not in settings.local]
+    slots = _by_layer(mean, len(others), settings)
+    for i, heads in enumerate(others):
+        if heads <= more and not settings.ragged:  # pages of all layers must be full at one time
+            slots[i], more = slots[i] + 1, more - heads
+    return slots
+
+
+def _with_local(others: list[int], n_layers: int, settings: CacheSettings) -> list[int]:
+    """Slots of all layers, from those that are not local."""
+    left, fixed = iter(others), settings.ring_size + settings.n_sink
+    return [fixed if layer in settings.local else next(left) for layer in range(n_layers)]
 
 
 def _by_layer(mean: int, n_layers: int, settings: CacheSettings) -> list[int]:

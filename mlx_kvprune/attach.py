@@ -26,7 +26,7 @@ from mlx_kvprune.forward import forward, pruned
 from mlx_kvprune.gates import Gates
 from mlx_kvprune.gates import files as gate_files
 from mlx_kvprune.ladder import Rung, find_rung, why_unranked
-from mlx_kvprune.policy import Policy, policy_for
+from mlx_kvprune.policy import Policy, find, policy_for
 from mlx_kvprune.rope import check_rankable, find_rope
 from mlx_kvprune.settings import Budget, CacheSettings
 
@@ -135,7 +135,7 @@ def settings_from(**named: Any) -> CacheSettings:
 def make_from_settings(model: nn.Module, settings: CacheSettings) -> list[Any]:
     """The model's own list of caches, every plain ``KVCache`` replaced by a bounded one."""
     attachment: Attachment = model.__dict__[SLOT]
-    policy, settings = policy_for(settings)
+    policy, settings = policy_for(with_local(model, settings))
     slots, dense = slots_for(model, settings), attachment.rung.name == "uniform"
     if policy.scorer is None:
         return _stock_caches(model)
@@ -184,6 +184,7 @@ def slots_for(model: nn.Module, settings: CacheSettings) -> list[int] | None:
     if policy.scorer is None:
         _check_full(settings)
         return None
+    settings = with_local(model, settings)
     _check_policy(attachment.rung, policy, settings)
     if policy.gates:
         gates_of(model, settings)
@@ -193,6 +194,22 @@ def slots_for(model: nn.Module, settings: CacheSettings) -> list[int] | None:
     states = [policy.scorer.state_nbytes(s.n_heads, s.key_dim) for s in shapes]
     states[0] += policy.scorer.shared_nbytes(attachment.rung.vocab)
     return slots_per_layer(shapes, settings, policy.scorer.memory, states)
+
+
+def with_local(model: nn.Module, settings: CacheSettings) -> CacheSettings:
+    """The settings with ``auto`` local layers replaced by those that the policy's gates name.
+
+    Raises:
+        ValueError: the policy has no gates, or nobody looked which layers are local when they were trained.
+    """
+    policy = find(settings.policy)
+    if settings.local_layers != "auto" or policy.scorer is None:
+        return settings
+    found = gates_of(model, settings).local if policy.gates else None
+    if found is None:
+        got = "gates that name none" if policy.gates else f"policy {policy.name!r}, which has none"
+        raise ValueError(f"[local-layers] auto reads them off learned gates; got {got}; try --local-layers 0,1")
+    return settings.but(local_layers=found)
 
 
 def attachment_of(model: nn.Module) -> Attachment | None:
@@ -341,7 +358,7 @@ def _named_after(parent: type, call: Callable[..., Any]) -> type:
 def _check_full(settings: CacheSettings) -> None:
     """Refuse what mlx-lm's own cache would ignore."""
     default = CacheSettings()
-    for name in ("kv_bits", "kv_key_bits", "kv_value_bits", "allocator"):
+    for name in ("kv_bits", "kv_key_bits", "kv_value_bits", "allocator", "local_layers"):
         if getattr(settings, name) not in (getattr(default, name), "uniform"):
             raise ValueError(
                 f"[{name.replace('_', '-')}] policy full is mlx-lm's own cache; got {getattr(settings, name)}; "
@@ -363,6 +380,11 @@ def _check_policy(rung: Rung, policy: Policy, settings: CacheSettings) -> None:
         raise ValueError(
             f"[allocator] {settings.allocator} lets heads hold differently many slots, which this model cannot take; got "
             f"{rung.reason}; try --allocator uniform or pyramid"
+        )
+    if rung.name == "uniform" and settings.local_layers:
+        raise ValueError(
+            f"[local-layers] layers would hold differently many slots, which this model cannot take; got {rung.reason}; "
+            "try it without --local-layers"
         )
     if rung.name == "uniform" and needs & {"attention", "queries"}:
         raise ValueError(

@@ -79,7 +79,8 @@ class PrunedKVCache:
         assert policy.scorer is not None, "full is mlx-lm's own cache"
         if self.settings.positions == "auto":  # who makes caches without knowing the length of the text gets these
             self.settings = self.settings.but(positions="text")
-        if slots is not None and self.settings.allocator != "pyramid":
+        self.local = layer in self.settings.local  # whether it holds sinks and ring alone
+        if slots is not None and self.settings.allocator != "pyramid" and not self.local:
             self.settings.check_tokens(slots)
         self.scorer: Scorer = policy.scorer
         self.slots = slots
@@ -90,7 +91,7 @@ class PrunedKVCache:
         # positions are those in the cache, it grows to ``frame`` and stays there: only distances matter
         self.frame = 0 if slots is None else slots * (MOST_HEADS if self.settings.ragged else 1)
         block, ranked = self.settings.block or 0, self.settings.positions == "cache"
-        specs = pool_specs(self.settings, slots, self.scorer.least is not None)
+        specs = () if self.local else pool_specs(self.settings, slots, self.scorer.least is not None)
         n_sink = self.settings.n_sink
         self.held = LayerSlots(self.settings.ring_size, block, n_sink, specs, self.scorer.memory, ranked)
         self.signals: State = {}
@@ -141,8 +142,8 @@ class PrunedKVCache:
 
     @property
     def needs_gate(self) -> bool:
-        """Whether the scorer asks a learned gate."""
-        return "hidden" in self.scorer.needs
+        """Whether the scorer asks a learned gate; where nothing competes, it need not."""
+        return "hidden" in self.scorer.needs and not self.local
 
     def stage(self, x: mx.array) -> None:
         """Take the attention's input ``(B, L, width)`` before it computes keys and values: the gate reads it."""
@@ -443,7 +444,7 @@ class PrunedKVCache:
 
     def upkeep(self, n: int) -> None:
         """Move the oldest ``n`` tokens of the ring to the pool; where it is full, the lowest scores are overwritten."""
-        if self.held.pools[0].free >= n:
+        if self.held.pools and self.held.pools[0].free >= n:
             self.held.fill(n)
             return
         contest = self.planned or self.contest(n)

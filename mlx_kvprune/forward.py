@@ -102,13 +102,19 @@ def _shares(caches: list[PrunedKVCache]) -> list[Any]:
     return np.split(shares, np.cumsum(heads)[:-1])
 
 
+def leading(bounded: list[PrunedKVCache]) -> PrunedKVCache:
+    """The first layer whose tokens compete for slots: local ones do not wait for anybody."""
+    return next((c for c in bounded if not c.local), bounded[0])
+
+
 def _in_steps(call: Call, inputs: mx.array, caches: Any, bounded: list[PrunedKVCache], kwargs: dict) -> mx.array:
     out, start, total = [], 0, inputs.shape[1]
+    lead = leading(bounded)
     while start < total:
-        if bounded[0].held.evicts_next() and bounded[0].settings.question:
+        if lead.held.evicts_next() and lead.settings.question:
             probe(call, caches, bounded)
         settle(bounded)
-        span = slice(start, min(total, start + bounded[0].step_room()))
+        span = slice(start, min(total, start + lead.step_room()))
         part = {k: v[:, span] if isinstance(v, mx.array) else v for k, v in kwargs.items()}
         logits = call(inputs[:, span], cache=caches, **part)
         if isinstance(bounded[0].scorer, Surprise):

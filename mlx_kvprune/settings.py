@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -66,6 +67,8 @@ class CacheSettings:
         kv_fine_bits: bits of those; None stores them in the model's own type.
         head_floor: share of an equal budget that every head keeps under ``head_adaptive`` and ``global``.
         turn_floor: share of the pool that finished turns of a conversation keep, in equal parts (see ``end_turn``).
+        local_layers: bounded layers, counted from 0, that hold sinks and ring alone (``"0,1,5-7"``; a list of numbers will do);
+            the others share what that frees. ``auto``: those that the gates' file names.
         seed: for policies that draw random numbers.
         gates: file or hub repository of learned gates, for policies that need them; empty for those that belong to the model.
         question: token ids of the question, for policies that probe with it.
@@ -90,6 +93,7 @@ class CacheSettings:
     kv_fine_bits: int | None = None
     head_floor: float = 0.2
     turn_floor: float = 0.5
+    local_layers: str = ""
     seed: int = 0
     gates: str = ""
     question: tuple[int, ...] = ()
@@ -107,6 +111,7 @@ class CacheSettings:
         _one_of("allocator", self.allocator, ALLOCATORS)
         _one_of("positions", self.positions, ("text", "cache", "auto"))
         _one_of("store", self.store, ("kv",))
+        object.__setattr__(self, "local_layers", _layers_text(self.local_layers))
         for name in ("head_floor", "turn_floor"):
             if not isinstance(getattr(self, name), int | float) or not 0 <= getattr(self, name) <= 1:
                 where = name.replace("_", "-")
@@ -158,6 +163,11 @@ class CacheSettings:
         return self.kv_scheme == "page" and self.key_bits is not None
 
     @property
+    def local(self) -> frozenset[int]:
+        """The layers that hold sinks and ring alone; ``auto`` has none until it is known what it means."""
+        return frozenset() if self.local_layers in ("", "auto") else frozenset(_layers(self.local_layers))
+
+    @property
     def ring_size(self) -> int:
         """Tokens that the hot ring holds when full."""
         return (self.window or DEFAULT_WINDOW) + (self.block or DEFAULT_BLOCK)
@@ -191,6 +201,7 @@ class CacheSettings:
         """In a few words, for people."""
         text = f"policy {self.policy}, budget {self.budget}"
         text += "" if self.allocator in ("uniform", "auto") else f", {self.allocator}"
+        text += f", local layers {self.local_layers}" if self.local_layers else ""
         bits = dict.fromkeys(str(bits or "all") for bits in (self.key_bits, self.value_bits))
         text += "" if list(bits) == ["all"] else f", {' and '.join(bits)} bits"
         return text + (", positions in the cache" if self.positions == "cache" else "")
@@ -218,6 +229,38 @@ ALLOCATORS = ("uniform", "pyramid", "head_adaptive", "global", "auto")
 BITS = (8, 6, 5, 4, 3, 2)
 GROUP_SIZES = (32, 64, 128)
 SCHEMES = ("auto", "token", "channel", "page")
+
+
+def _layers(text: str) -> list[int]:
+    """``"0,1,5-7"`` as numbers, in order, each once."""
+    found: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?", part)
+        if match is None or int(match[2] or match[1]) < int(match[1]):
+            raise ValueError(f"[local-layers] not a list of layers; got {text!r}; try 0,1,5-7 or auto")
+        found |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return sorted(found)
+
+
+def layers_text(layers: Iterable[int]) -> str:
+    """Numbers of layers as ``local_layers`` has them: ``"0-1,5-7"``."""
+    runs: list[list[int]] = []
+    for layer in sorted(set(layers)):
+        if runs and layer == runs[-1][1] + 1:
+            runs[-1][1] = layer
+        else:
+            runs.append([layer, layer])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+
+
+def _layers_text(given: Any) -> str:
+    """What a user wrote, in one form only."""
+    if isinstance(given, str) and given.strip() in ("", "auto"):
+        return given.strip()
+    text = given if isinstance(given, str) else ",".join(map(str, given)) if isinstance(given, list | tuple) else None
+    if text is None:
+        raise ValueError(f"[local-layers] not a list of layers; got {given!r}; try 0,1,5-7 or auto")
+    return layers_text(_layers(text)) if text else ""
 
 
 def _at_least(name: str, value: Any, least: int) -> None:

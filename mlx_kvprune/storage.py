@@ -80,6 +80,8 @@ def layer_nbytes(shape: LayerShape, settings: CacheSettings, tokens: int, memory
     """Bytes that one layer holds at most with ``tokens`` slots per KV head: ring, pools, tables, memory, state."""
     heads, ring = shape.n_kv_heads, settings.ring_size + settings.n_sink
     total = heads * ring * (shape.row_nbytes + 4 * memory) + 4 * ring + state
+    if settings.local and tokens <= ring:  # a layer without a pool
+        return total
     for spec in pool_specs(settings, max(tokens, ring)):
         total += heads * max(0, spec.limit) * slot_nbytes(shape, spec, memory, settings.positions == "cache")
         total += _fixed_nbytes(shape, spec)

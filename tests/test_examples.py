@@ -50,6 +50,13 @@ def test_own_policy(tiny):
     assert run("04_own_policy.py", str(tiny)).strip()
 
 
+def test_gates(tiny):
+    lines = run("05_gates.py", str(tiny)).splitlines()
+    assert len(lines) == 13
+    assert all("heads hold" in line for line in lines[:12])
+    assert "bytes held" in lines[-1]
+
+
 @pytest.mark.slow  # five minutes; `.ci/run` looks at what the demo says
 def test_demo():
     out = run("demo.py")

@@ -66,6 +66,16 @@ TurnFloor = Annotated[
         help="In a conversation: the share of the slots beside ring and sinks that finished turns keep, in equal parts.",
     ),
 ]
+LocalLayers = Annotated[
+    str,
+    option(
+        "--local-layers",
+        panel=CACHE,
+        metavar="LIST",
+        help="Layers that hold sinks and the newest tokens alone, so that the others hold more: 0,1,5-7, or auto (those that "
+        "the policy's gates name).",
+    ),
+]
 Sinks = Annotated[
     int, option("--sinks", panel=CACHE, metavar="N", help="First tokens of the text that are never evicted.")
 ]
@@ -157,6 +167,7 @@ class CacheOptions:
     gates: Gates = ""
     head_floor: HeadFloor = 0.2
     turn_floor: TurnFloor = 0.5
+    local_layers: LocalLayers = ""
     sinks: Sinks = 4
     window: Window = None
     policy_option: PolicyOption = None
@@ -204,6 +215,7 @@ def without_effect(settings: CacheSettings) -> Iterator[tuple[str, Any, str]]:
         (BIT_FIELDS, full, "another policy: full is mlx-lm's own cache, as the model makes it"),
         (("allocator",), full and settings.allocator != policy.allocator, "another policy: full is mlx-lm's own cache"),
         (("gates",), not policy.gates, f"it with --policy {' or '.join(p.name for p in POLICIES.values() if p.gates)}"),
+        (("local_layers",), full, "another policy: full is mlx-lm's own cache"),
         (("kv_scheme", "kv_group_size", "kv_hadamard", "kv_fine_tokens"), not quantized, "it with --kv-bits 4"),
         (("kv_fine_bits",), not settings.kv_fine_tokens, "it with --kv-fine-tokens 64"),
         (("head_floor",), not settings.ragged, "it with --allocator head_adaptive"),

@@ -89,7 +89,7 @@ def inspect(
     from mlx_kvprune.cli import output
 
     names = policies_named(cache.policy, question)
-    settings = [settings_of(replace(cache, policy=name), seed) for name in names]
+    settings = [settings_of(_of_policy(cache, name, names), seed) for name in names]
     place = place_of(out, file, names)
     text = _read(file)
     loaded, tokenizer = load(model)
@@ -106,6 +106,14 @@ def inspect(
         )
     else:
         output.write(f"{place}\n")
+
+
+def _of_policy(cache: InspectCache, name: str, names: list[str]) -> InspectCache:
+    """The options for one of the policies: gates are for those that have some, if any has."""
+    from mlx_kvprune.policy import find
+
+    gated = [other for other in names if find(other).gates]
+    return replace(cache, policy=name, gates=cache.gates if name in gated or not gated else "")
 
 
 def policies_named(given: str | None, question: str | None) -> list[str]:
@@ -203,10 +211,10 @@ def _write(
 def _line(trace: Trace) -> str:
     from mlx_kvprune.cli.output import bytes_line
 
-    share = trace.is_held().mean()
-    return (
-        f"{trace.settings.policy}: each head holds {share:.1%} of {trace.n_tokens:,} tokens; {bytes_line(trace.report)}"
-    )
+    share, local = trace.is_held().mean(), trace.could_be_local
+    note = f"; layers {local} hold their floor alone: try --local-layers {local}" if local else ""
+    line = f"{trace.settings.policy}: each head holds {share:.1%} of {trace.n_tokens:,} tokens; "
+    return line + bytes_line(trace.report) + note
 
 
 def _figures(traces: list[Trace], prompt: Prompt) -> dict[str, Any]:
@@ -215,7 +223,8 @@ def _figures(traces: list[Trace], prompt: Prompt) -> dict[str, Any]:
     runs = []
     for trace in traces:
         found = {name: getattr(trace.report, name) for name in names}
-        runs.append({**found, "held_share": round(float(trace.is_held().mean()), 6), "heads": len(trace.rows)})
+        share = round(float(trace.is_held().mean()), 6)
+        runs.append({**found, "held_share": share, "heads": len(trace.rows), "could_be_local": trace.could_be_local})
     return {"prompt_tokens": len(prompt.before) + len(prompt.document), "runs": runs}
 
 

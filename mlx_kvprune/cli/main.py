@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mlx_kvprune.cli import ask, bench, chat, doctor, eval, exec_, fit, generate, inspect, models_, policies
+from mlx_kvprune.cli import ask, bench, chat, doctor, eval, exec_, fit, gates, generate, inspect, models_, policies
 
 PROGRAM = "mlx-kvprune"
 USAGE, FAILURE, INTERRUPTED, BROKEN_PIPE = 2, 1, 130, 141
@@ -65,6 +65,7 @@ def _verb(name: str, function: Any, panel: str, epilog: str | None, **more: Any)
 
 _verb("models", models_.models, MODELS, models_.MODELS_EPILOG)
 _verb("pull", models_.pull, MODELS, models_.PULL_EPILOG)
+app.add_typer(gates.app, name="gates", rich_help_panel=MODELS)
 _verb("generate", generate.generate, USE, generate.EPILOG)
 _verb("chat", chat.chat, USE, chat.EPILOG)
 _verb("ask", ask.ask, USE, ask.EPILOG)

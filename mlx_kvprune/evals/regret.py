@@ -129,7 +129,7 @@ def evictions(model: nn.Module, tokens: Sequence[int], caches: list[Any], tick: 
         return np.full((1, 1, 1, len(tokens)), NEVER, np.int32)
     lost = None
     while start < len(tokens):
-        stop = min(len(tokens), start + bounded[0].step_room())
+        stop = min(len(tokens), start + min(c.step_room() for c in bounded))
         model(mx.array([list(tokens[start:stop])]), cache=caches)
         settle(caches)
         now = np.stack([_is_held(cache, len(tokens)) for cache in bounded])

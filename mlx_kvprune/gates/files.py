@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten
 
 from mlx_kvprune.gates.modules import Gates, GateShape
 from mlx_kvprune.places import shipped
+from mlx_kvprune.settings import CacheSettings
 
 FORMAT = 1
 SUFFIX = ".safetensors"
@@ -127,7 +128,20 @@ def load(path: str | Path) -> tuple[Gates, Card, dict[str, mx.array]]:
         raise ValueError(f"[gates] a broken gate file; got {path} ({reason}); try to get it again") from error
     if not all(np.isfinite(np.array(x)).all() for x in gates.arrays().values()):
         raise ValueError(f"[gates] a gate file with numbers that are not finite; got {path}; try to get it again")
-    return gates, _card(meta), {k.removeprefix(OF_MODEL): x for k, x in arrays.items() if k.startswith(OF_MODEL)}
+    card = _card(meta)
+    gates.local = named_local(card)
+    return gates, card, {k.removeprefix(OF_MODEL): x for k, x in arrays.items() if k.startswith(OF_MODEL)}
+
+
+def named_local(card: Card) -> str | None:
+    """The local layers that a card names, as ``CacheSettings.local_layers`` has them; None if it says nothing of them."""
+    found = card.settings.get("local_layers")
+    if found is None:
+        return None
+    try:
+        return CacheSettings(local_layers=found).local_layers
+    except ValueError as error:
+        raise ValueError(f"[gates] the card names no layers; got local_layers {found!r}; try the file again") from error
 
 
 def load_for(model: nn.Module, method: str, where: str = "") -> Gates:
@@ -173,16 +187,21 @@ def located(where: str, method: str) -> Path:
     if path.is_file():
         return path
     if path.is_dir():
-        return _of_method(sorted(path.glob(f"*{SUFFIX}")), method, where)
+        return _of_method(gate_files_in(path), method, where)
     if where.count("/") == 1 and not where.endswith(SUFFIX) and not where.startswith((".", "~", "/")):
         from mlx_kvprune.gates.hub import pull
 
-        return _of_method(sorted(pull(where).glob(f"*{SUFFIX}")), method, where)
+        return _of_method(gate_files_in(pull(where)), method, where)
     raise ValueError(f"[gates] no such file or repository; got {where!r}; try a path, or owner/name on the hub")
 
 
+def gate_files_in(folder: Path) -> list[Path]:
+    """The gate files among a folder's ``.safetensors``, by name."""
+    return [path for path in sorted(folder.glob(f"*{SUFFIX}")) if _is_gate_file(path)]
+
+
 def _of_method(paths: list[Path], method: str, where: str) -> Path:
-    known = {read_card(path).method: path for path in paths if _is_gate_file(path)}
+    known = {read_card(path).method: path for path in paths}
     if method not in known:
         held = ", ".join(known) or "no gate files"
         raise ValueError(f"[gates] nothing for policy {method!r} in {where}; got {held}; try another --policy")

@@ -143,11 +143,16 @@ class Gates(nn.Module):
         shape: of them.
         start: of the biases: high, so that everything is kept at first.
         seed: of the first weights.
+
+    Attributes:
+        local: the layers whose heads would keep their floor alone (``structure.py``), as ``local_layers`` has them; None if
+            nobody looked.
     """
 
     def __init__(self, shape: GateShape, start: float = START, seed: int = 0):
         super().__init__()
         self._shape = shape
+        self.local: str | None = None
         draw = drawing(seed)
         if shape.form == "shared":
             self.last = draw(max(shape.heads), shape.hidden) * 0.1 / math.sqrt(shape.hidden)

@@ -114,11 +114,15 @@ def _run(trace: Trace) -> dict[str, Any]:
         "sinks": settings.n_sink,
         "window": settings.window,
         "block": settings.block,
+        "local": settings.local_layers,
+        "could_be_local": trace.could_be_local,
         "n_tokens": trace.n_tokens,
         "nbytes": trace.nbytes.tolist(),
         "nbytes_full": trace.nbytes_full.tolist(),
     }
     arrays = {"rows": trace.rows, "caps": trace.caps, "starts": trace.starts, "gone": trace.gone, "held": trace.held}
+    arrays |= {} if trace.gates is None else {"gates": bfloat16(trace.gates)}
+    arrays |= {} if trace.at_floor is None else {"floor": trace.at_floor.astype(np.uint8)}
     arrays |= {"scores": bfloat16(trace.scores), "ranks": trace.ranks}
     return {**about, "arrays": {name: packed(x) for name, x in arrays.items()}}
 

@@ -11,10 +11,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_kvprune.allocators import floor_pages
 from mlx_kvprune.cache import PrunedKVCache
 from mlx_kvprune.forward import leaves, pruned
 from mlx_kvprune.report import CacheReport, report
-from mlx_kvprune.settings import CacheSettings
+from mlx_kvprune.settings import CacheSettings, layers_text
+from mlx_kvprune.slots import PagedPool
 
 UNRANKED = 255  # a token that never competed: a sink, or one that is still in the ring
 LONGEST_CALL = 512  # tokens of one forward call at most, while nothing is evicted yet
@@ -42,6 +44,9 @@ class Trace:
         scores: retention score of each token when it last competed for a slot ``(R, T)`` float32; NaN if it never did.
         ranks: share of those that competed then which scored lower, in 254ths ``(R, T)`` uint8; ``UNRANKED`` likewise.
         report: of the caches at the end.
+        gates: what the gates said of each token, as the scorer remembers it (``log beta`` for ``retention``) ``(R, T)``
+            float32; NaN in local layers. None where the policy has no gates.
+        at_floor: which rows hold their floor alone at the end ``(R,)`` bool: where heads compete, they win nothing more.
     """
 
     settings: CacheSettings
@@ -56,6 +61,17 @@ class Trace:
     scores: np.ndarray
     ranks: np.ndarray
     report: CacheReport
+    gates: np.ndarray | None = None
+    at_floor: np.ndarray | None = None
+
+    @property
+    def could_be_local(self) -> str:
+        """Bounded layers whose every head holds its floor alone, as ``local_layers`` has them; never all of them."""
+        if self.at_floor is None:
+            return ""
+        layers = np.unique(self.rows[:, 0])
+        found = [i for i, layer in enumerate(layers) if self.at_floor[self.rows[:, 0] == layer].all()]
+        return layers_text(found) if len(found) < len(layers) else ""
 
     @property
     def ends(self) -> np.ndarray:
@@ -99,7 +115,8 @@ class Recorder:
     @contextmanager
     def listening(self) -> Iterator[Recorder]:
         """Overhear the scores whenever slots are chosen, until the end of the ``with`` statement."""
-        heard = [_overhear(cache, self._hear(i)) for i, cache in enumerate(self.bounded)]
+        heard = [_overhear(cache, self._hear(i)) for i, cache in enumerate(self.bounded) if not cache.local]
+        heard += [_overhear_gate(cache, self._gated(i)) for i, cache in enumerate(self.bounded) if cache.needs_gate]
         try:
             yield self
         finally:
@@ -141,6 +158,8 @@ class Recorder:
             scores=join("scores"),
             ranks=join("ranks"),
             report=report(self.caches),
+            gates=join("gates") if any(cache.needs_gate for cache in self.bounded) else None,
+            at_floor=_at_floor(self.bounded),
         )
 
     def _tables(self) -> list[_Layer]:
@@ -154,6 +173,9 @@ class Recorder:
 
     def _hear(self, i: int) -> Callable[[np.ndarray, np.ndarray], None]:
         return lambda positions, scores: self._table(i).hear(positions, scores)
+
+    def _gated(self, i: int) -> Callable[[int, np.ndarray], None]:
+        return lambda start, said: self._table(i).hear_gate(start, said)
 
 
 NEVER = np.iinfo(np.uint32).max
@@ -170,6 +192,7 @@ class _Layer:
         self.gone = np.full((self.heads, n_tokens), NEVER, np.uint32)
         self.scores = np.full((self.heads, n_tokens), np.nan, np.float32)
         self.ranks = np.full((self.heads, n_tokens), UNRANKED, np.uint8)
+        self.gates = np.full((self.heads, n_tokens), np.nan, np.float32)
         self._before = np.zeros((self.heads, 0), np.int64)
         self._now = np.zeros((self.heads, n_tokens + 1), bool)  # the last one is for empty slots
         self._lines = np.arange(self.heads)[:, None]
@@ -186,6 +209,10 @@ class _Layer:
         self._now[self._lines, index] = False
         self._before = index
         return (positions >= 0).sum(axis=1)
+
+    def hear_gate(self, start: int, said: np.ndarray) -> None:
+        """Keep what the gate said of the tokens from position ``start`` on ``(H, L)``."""
+        self.gates[:, start : start + said.shape[1]] = said
 
     def hear(self, positions: np.ndarray, scores: np.ndarray) -> None:
         """Keep the scores ``(H, S)`` of what competes at ``positions``, negative where nothing does."""
@@ -212,6 +239,46 @@ def _overhear(cache: PrunedKVCache, tell: Callable[[np.ndarray, np.ndarray], Non
 
     held.contest = overheard  # type: ignore[method-assign]  # on this instance only
     return lambda: held.__dict__.pop("contest", None)
+
+
+def _overhear_gate(cache: PrunedKVCache, tell: Callable[[int, np.ndarray], None]) -> Callable[[], None]:
+    """Have ``tell(start, said)`` called where new tokens are written, with what their gate said; returns what ends it."""
+    held, write = cache.held, cache.held.write
+
+    def overheard(keys: mx.array, values: mx.array, memory: mx.array | None) -> None:
+        start = held.written
+        write(keys, values, memory)
+        assert memory is not None
+        tell(start, np.array(memory)[0])
+
+    held.write = overheard  # type: ignore[method-assign]  # on this instance only
+    return lambda: held.__dict__.pop("write", None)
+
+
+def _at_floor(bounded: Sequence[PrunedKVCache]) -> np.ndarray | None:
+    """Which KV heads own no more pages than their floor, layer by layer ``(R,)``; None where heads do not compete."""
+    if not bounded[0].settings.ragged or not any(_pages(cache) for cache in bounded):
+        return None
+    pools = {i: pool for i, cache in enumerate(bounded) if (pool := _pages(cache))}
+    limits = {i: pool.limit for i, pool in pools.items()}
+    everywhere = bounded[0].settings.allocator == "global"
+    found = []
+    for i, cache in enumerate(bounded):
+        heads = cache.held.ring.keys.shape[1]
+        if i not in pools:
+            found.append(np.zeros(heads, bool))
+            continue
+        pages = sum(limits.values()) if everywhere else limits[i]
+        among = sum(pool.heads for pool in pools.values()) if everywhere else heads
+        floor = floor_pages(pages, among, cache.settings, cache.protected)
+        found.append(np.bincount(pools[i].owner, minlength=heads) <= floor)
+    return np.concatenate(found)
+
+
+def _pages(cache: PrunedKVCache) -> PagedPool | None:
+    """The pool of a layer whose heads have competed; None where they have not."""
+    pool = cache.held.pools[-1] if cache.held.pools else None
+    return pool if isinstance(pool, PagedPool) and pool.contested else None
 
 
 def _places(caches: list[Any]) -> list[int]:
@@ -242,7 +309,7 @@ def follow(
     recorder, start = Recorder(caches, len(tokens)), 0
     with recorder.listening():
         while start < len(tokens):
-            room = step or min(LONGEST_CALL, recorder.bounded[0].step_room())
+            room = step or min(LONGEST_CALL, *(c.step_room() for c in recorder.bounded))
             stop = min(len(tokens), start + room)
             model(mx.array([list(tokens[start:stop])]), cache=caches)
             recorder.note()

@@ -103,7 +103,7 @@ class LayerSlots:
         ring_size: tokens that the ring holds when full.
         block: tokens that leave it at a time.
         n_sink: first tokens of the text, which stay in the ring beside those.
-        pools: one, or two of different precision.
+        pools: one, or two of different precision; none in a local layer, where what leaves the ring is gone.
         memory: whether a number is remembered with each slot.
         ranked: whether the rank of each slot by position is kept (for positions in the cache).
     """
@@ -175,6 +175,8 @@ class LayerSlots:
 
     def free(self) -> int:
         """Whole blocks of tokens that the first pool takes before tokens must compete."""
+        if not self.specs:
+            return 0
         if self.empty():
             return 0 if self.specs[0].sifted else self.specs[0].limit // self.block * self.block
         return self.pools[0].free // self.block * self.block
@@ -257,6 +259,8 @@ class LayerSlots:
     def carry_out(self, contest: Contest) -> None:
         """Do what was chosen."""
         assert contest.candidates is None, "not settled"
+        if not self.pools:  # what leaves the ring is gone
+            self.evicted, self.final = True, self.written
         holes = any(pool.holes for pool in self.pools)
         for step in contest.steps:
             pool: Any = self.pools[step.pool]
@@ -284,7 +288,7 @@ class LayerSlots:
 
     def _rank(self) -> None:
         """Note where each slot stands among those of its head, if that is wanted."""
-        if not self.ranked:
+        if not self.ranked or not self.pools:
             return
         self.ranks, start, ranks = [], 0, self.pool_ranks()
         for pool in self.pools:
@@ -328,6 +332,8 @@ class LayerSlots:
 
     def at(self, newest: int) -> mx.array:
         """Positions in the cache of everything held ``(B, H_kv, S)`` int32: pools first, then ring."""
+        if not self.pools:
+            return self.ring_at(newest)
         pools = self._first(newest) - self._pool_width() + self.pool_ranks()
         return mx.concatenate([pools, self.ring_at(newest)], axis=2)
 

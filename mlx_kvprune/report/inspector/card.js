@@ -29,7 +29,7 @@ class Card {
     if (rows.length > 1) out.push(["held by", `${holding} of ${rows.length} heads`]);
     out.push([rows.length > 1 ? "stayed, mean" : "stayed", `${count(stay)} of ${count(t - i)} tokens (${percent(stay / (t - i))})`]);
     out.push(["evicted", this.evictions(rows.map((r) => run.end(r, i)).filter((end) => end < t), rows.length)]);
-    out.push(...this.scores(rows, i, run));
+    out.push(...this.gates(rows, i, run), ...this.scores(rows, i, run));
     for (const other of this.page.runs) {
       if (other === run || !this.page.visible(other)) continue;
       const theirs = this.page.rows(other);
@@ -46,9 +46,17 @@ class Card {
     return `by ${ends.length}, when ${range} tokens were read`;
   }
 
+  gates(rows, i, run) { // retention remembers log beta: a token is worth half as much after log 2 / -log beta tokens
+    const said = rows.map((r) => run.gate(r, i)).filter((x) => !Number.isNaN(x)).sort((a, b) => a - b);
+    if (!said.length) return [];
+    const decay = run.policy === "retention", text = (x) => (decay ? `${number(Math.exp(x))}, half after ${count(Math.min(1e9, Math.LN2 / -x))} tokens` : number(x));
+    const range = said.length === 1 ? text(said[0]) : `${number(decay ? Math.exp(said[0]) : said[0])} to ${number(decay ? Math.exp(said[said.length - 1]) : said[said.length - 1])}, median ${text(said[said.length >> 1])}`;
+    return [[decay ? "gate, \u03b2" : "gate", range]];
+  }
+
   scores(rows, i, run) {
     const known = rows.filter((r) => run.rank(r, i) !== UNRANKED);
-    if (!known.length) return [["score", "never competed: a sink, or in the ring to the end"]];
+    if (!known.length) return [["score", "never competed: a sink, in the ring to the end, or of a local layer"]];
     const rank = known.reduce((sum, r) => sum + run.rank(r, i), 0) / known.length / 254;
     const scores = known.map((r) => run.score(r, i)).sort((a, b) => a - b);
     const text = known.length === 1 ? number(scores[0]) : `${number(scores[0])} to ${number(scores[scores.length - 1])}, median ${number(scores[scores.length >> 1])}`;
@@ -61,7 +69,7 @@ class Card {
 }
 
 function number(x) {
-  if (!Number.isFinite(x)) return x > 0 ? "kept whatever comes" : String(x);
+  if (!Number.isFinite(x)) return x > 0 ? "kept whatever comes" : "below the threshold: dropped whatever room there is";
   const size = Math.abs(x);
   return size && (size < 1e-3 || size >= 1e5) ? x.toExponential(1) : String(Number(x.toPrecision(3)));
 }

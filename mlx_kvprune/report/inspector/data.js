@@ -34,6 +34,8 @@ class Run {
     for (const name of ["rows", "caps", "starts", "gone", "held"]) run[name] = await unpack(about.arrays[name]);
     run.ranks = new Uint8Array(run.gone.length).fill(UNRANKED); // until ``finish``
     run.scores = new Uint16Array(0);
+    run.floor = about.arrays.floor ? await unpack(about.arrays.floor) : new Uint8Array(run.caps.length);
+    run.gates = null; // until ``finish``, and where the policy has none
     run.nRows = run.caps.length;
     run.layers = [...new Set(Array.from({ length: run.nRows }, (_, r) => run.rows[2 * r]))];
     run.bounds = Float64Array.from([...run.starts, run.n_tokens]); // tokens read when a step began; at last, all of them
@@ -45,6 +47,7 @@ class Run {
   async finish() {
     this.ranks = await unpack(this.arrays.ranks);
     this.scores = await unpack(this.arrays.scores);
+    if (this.arrays.gates) this.gates = await unpack(this.arrays.gates);
     this.arrays = null;
   }
 
@@ -56,7 +59,9 @@ class Run {
   // Tokens read when row r evicted token i; Infinity where it holds it to the end.
   end(r, i) { const g = this.gone[r * this.n_tokens + i]; return g === this.steps ? Infinity : this.bounds[g]; }
   holds(r, i, t) { return i < t && this.end(r, i) >= t; }
-  score(r, i) { Run.bits[0] = this.scores[r * this.n_tokens + i] << 16; return Run.number[0]; }
+  score(r, i) { return Run.wide(this.scores[r * this.n_tokens + i]); }
+  gate(r, i) { return this.gates ? Run.wide(this.gates[r * this.n_tokens + i]) : NaN; } // NaN in local layers, too
+  static wide(half) { Run.bits[0] = half << 16; return Run.number[0]; } // of bfloat16
   rank(r, i) { return this.ranks[r * this.n_tokens + i]; }
   all() { return Array.from({ length: this.nRows }, (_, r) => r); }
 

@@ -18,6 +18,7 @@ class Panel {
       ...part("Layers and heads", "choose one to colour the text by it", make("div", { class: "heads" }, this.grid.box)),
       ...part("Positions", "a line per head, layers from top to bottom", this.map.canvas),
       ...part("Slots held by each head", "dotted: the cap, on average", this.density.canvas),
+      make("p", { class: "quiet floors" }, floors(run)),
       this.table.box,
       ...part("Text", "underlined: held by at least half of the chosen heads", this.text.box));
   }
@@ -39,6 +40,15 @@ class Panel {
     for (let i = 0; i < t; i++) { any += holders[i] > 0; sum += holders[i]; }
     return n === 1 ? `holds ${count(sum)} of ${count(t)} tokens` : `${count(sum / n)} of ${count(t)} tokens per head; ${count(any)} held by some head`;
   }
+}
+
+// What there is to say of heads that hold their floor alone at the end, and of local layers.
+function floors(run) {
+  const rows = run.all().filter((r) => run.floor[r]), out = [];
+  if (run.local) out.push(`Local layers (sinks and the newest tokens alone): ${run.local}.`);
+  if (rows.length) out.push(`${rows.length} of ${run.nRows} heads end with their floor alone${rows.length > 12 ? "" : `: ${rows.map((r) => run.label(r)).join("; ")}`}.`);
+  if (run.could_be_local) out.push(`Layers of which all heads do could be local: --local-layers ${run.could_be_local}.`);
+  return out.join(" ");
 }
 
 class Page {

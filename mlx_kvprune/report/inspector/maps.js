@@ -44,7 +44,7 @@ class HeadGrid {
       const x = values[r] / most;
       cell.className = `l${level(x)}`;
       cell.setAttribute("aria-pressed", String(r === selected));
-      const text = `${run.label(r)}: ${count(held[r])} slots held, ${percent(t ? held[r] / t : 0)} of what was read; mean age of them ${count(age[r])} tokens; ${percent(common[r])} of the other heads hold the same`;
+      const text = `${run.label(r)}: ${count(held[r])} slots held, ${percent(t ? held[r] / t : 0)} of what was read; mean age of them ${count(age[r])} tokens; ${percent(common[r])} of the other heads hold the same${run.floor[r] ? "; its floor alone at the end" : ""}`;
       cell.title = text;
       cell.setAttribute("aria-label", text);
     }
