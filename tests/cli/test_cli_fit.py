@@ -146,7 +146,11 @@ def test_another_command_does_not_go_on(tiny, book, tmp_path, capsys):
 def test_interrupted_in_a_terminal(tiny, book, tmp_path):
     out = tmp_path / "g.safetensors"
     command = [sys.executable, "-m", "mlx_kvprune", *arguments(tiny, book, out, "--steps", "5000", "--check", "1")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=ENVIRONMENT)
+    heed = lambda: signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # what a shell starts in the background ignores it
+    quiet = {"stderr": subprocess.PIPE, "stdout": subprocess.DEVNULL, "text": True}
+    process = subprocess.Popen(command, **quiet, env=ENVIRONMENT, preexec_fn=heed)
     end = time.monotonic() + 60
     while not checkpoint.place(out).exists() and time.monotonic() < end:
         time.sleep(0.05)
