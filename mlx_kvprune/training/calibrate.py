@@ -11,6 +11,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_kvprune.gates import Gates
+from mlx_kvprune.gates.structure import structure
 from mlx_kvprune.training import distill
 from mlx_kvprune.training.methods import Method
 from mlx_kvprune.training.objective import GONE, dropped_biases
@@ -62,6 +63,16 @@ class Quality:
     def kept(self, threshold: float) -> float:
         """The share of tokens outside the window that a threshold keeps."""
         return float(np.mean([(self.outside(reading) >= threshold).mean() for reading in self.readings]))
+
+    def structure(self) -> dict[str, str]:
+        """Which layers could be local at a quarter of the text, as a card's settings have it; of gates that rank."""
+        if self.method.name != "retention" or self.recipe.scope != "global":
+            return {}
+        reading = self.readings[0]
+        bounds = bounds_of(len(reading.tokens) // 4, self.recipe)
+        xs = [layer.x for layer in reading.layers]
+        found = structure(self.gates, xs, bounds.slots, window=bounds.window, block=bounds.block)
+        return {"local_layers": found.local_layers}
 
     def kl_at(self, model: nn.Module, threshold: float) -> float:
         """KL of the last segment if everything below a threshold is dropped when it leaves the window."""

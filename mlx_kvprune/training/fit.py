@@ -285,6 +285,7 @@ class _Training:
         adapters = self._save_adapters()
         about = Ran(self.plan, self.seconds, progress.done, self.pool.size, self._texts_read(progress), len(self.held))
         card = card_of(about, thresholds, rows, self._without_outputs(), adapters)
+        card = replace(card, settings={**card.settings, **quality.structure()})
         path = checkpoint.write(lambda: gate_files.save(self.out, quality.gates, self.model, card), self.out)
         checkpoint.place(self.out).unlink(missing_ok=True)
         return Fitted(path, card, progress, adapters)
