@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
@@ -225,6 +226,13 @@ class CacheSettings:
 
 DEFAULT_WINDOW, DEFAULT_BLOCK = 64, 32
 PAGE = 32  # slots of a page
+
+
+def floor_slots(pool: int, head_floor: float) -> int:
+    """Slots that a head keeps whatever others want, of ``pool`` for each: in whole pages, a page at least."""
+    return min(pool, PAGE * math.ceil(head_floor * pool / PAGE))
+
+
 ALLOCATORS = ("uniform", "pyramid", "head_adaptive", "global", "auto")
 BITS = (8, 6, 5, 4, 3, 2)
 GROUP_SIZES = (32, 64, 128)

@@ -14,7 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_kvprune.gates.modules import Gates
-from mlx_kvprune.settings import layers_text
+from mlx_kvprune.settings import floor_slots, layers_text
 
 TIMES = 8  # moments of the second half of a text at which slots are counted
 
@@ -79,7 +79,7 @@ def structure(
             f"try {window + block + n_sink + 1} to {length - 1} slots, and a longer text"
         )
     worths = [_worth(np.array(raw[0])) for raw in gates.all_layers([x[None] for x in xs])]
-    return _structure(worths, pool, int(head_floor * pool), window, n_sink)
+    return _structure(worths, pool, floor_slots(pool, head_floor), window, n_sink)
 
 
 def _structure(worths: Sequence[np.ndarray], pool: int, floor: int, window: int, n_sink: int) -> Structure:

@@ -11,7 +11,6 @@ Two ways to make eviction differentiable, for the same rule at inference (rank b
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_kvprune.scorers.gated import log_sigmoid
-from mlx_kvprune.settings import PAGE
+from mlx_kvprune.settings import floor_slots
 from mlx_kvprune.training.bias import Bias
 from mlx_kvprune.training.reading import pieces
 
@@ -157,7 +156,7 @@ def _levels(scores: np.ndarray, bounds: Bounds) -> np.ndarray:
     ranked = -np.sort(-scores, axis=1)
     if bounds.scope == "head":
         return ranked[:, bounds.pool - 1]
-    floor = min(bounds.pool, PAGE * math.ceil(bounds.head_floor * bounds.pool / PAGE))
+    floor = floor_slots(bounds.pool, bounds.head_floor)
     lowest = ranked[:, floor - 1] if floor else np.full(heads, np.inf)
     rest = ranked[:, floor:].reshape(-1)  # what is competed for once every head has its floor
     room = heads * (bounds.pool - floor)

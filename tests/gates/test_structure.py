@@ -8,6 +8,7 @@ import pytest
 
 from mlx_kvprune.gates import Gates, GateShape
 from mlx_kvprune.gates.structure import _kept, _structure, structure
+from mlx_kvprune.settings import floor_slots
 from mlx_kvprune.training.objective import Bounds, thresholds, worth
 
 LAYERS, HEADS, T = 4, 2, 700
@@ -31,7 +32,7 @@ def test_it_is_what_the_thresholds_of_training_keep():
     """``training.objective`` says which score is just held; so many slots are above it."""
     rng = np.random.default_rng(1)
     raws = [mx.array((rng.normal(size=(HEADS, 512)) * 2 + 3 + i).astype(np.float32)) for i in range(LAYERS)]
-    worths, pool, floor = [worth(raw) for raw in raws], 60, 12
+    worths, pool, floor = [worth(raw) for raw in raws], 60, floor_slots(60, 0.2)
     bounds = Bounds(60 + 32 + 32 + 4, 32, 32, 4, 0.2)
     now = 480 + 16  # the moment that the last stretch of 32 queries stands for
     taus = thresholds(worths, 480, 32, bounds)[:, 0]
@@ -56,10 +57,10 @@ def inputs(seed=0):
 
 def test_layers_that_win_nothing_are_local():
     found = structure(gates_of([(1, 1), (9, 9), (1, 9), (2, 1)]), inputs(), 168, **BOUNDS)
-    assert (found.pool, found.floor) == (100, 20)
+    assert (found.pool, found.floor) == (100, 32)
     assert found.local == (0, 3)
     assert found.local_layers == "0,3"
-    assert [heads[0] for heads in found.kept] == [20, pytest.approx(found.kept[1][1], abs=1), 20, 20]
+    assert [heads[0] for heads in found.kept] == [32, pytest.approx(found.kept[1][1], abs=1), 32, 32]
     assert sum(map(sum, found.shares)) == pytest.approx(1)
     assert sum(float(x.sum()) for x in found.kept) == pytest.approx(100 * LAYERS * HEADS)
 
