@@ -34,8 +34,8 @@ def test_it_is_what_the_thresholds_of_training_keep():
     raws = [mx.array((rng.normal(size=(HEADS, 512)) * 2 + 3 + i).astype(np.float32)) for i in range(LAYERS)]
     worths, pool, floor = [worth(raw) for raw in raws], 60, floor_slots(60, 0.2)
     bounds = Bounds(60 + 32 + 32 + 4, 32, 32, 4, 0.2)
-    now = 480 + 16  # the moment that the last stretch of 32 queries stands for
-    taus = thresholds(worths, 480, 32, bounds)[:, 0]
+    now = 448 + 32  # the moment that the last stretch of 64 queries stands for
+    taus = thresholds(worths, 448, 64, bounds)[:, 0]
     static = np.concatenate([np.array(x) for x in worths])[:, :now]
     of = np.arange(4, now - 32)
     above = (static[:, of] - np.log(now - of) >= taus[:, None] - 1e-5).sum(axis=1)
