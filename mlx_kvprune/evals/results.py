@@ -33,7 +33,9 @@ command that measured it, the day, the machine and the versions.
 - Questions count only where the full cache solves 80%. *Of full's*: how many of the full cache's answers are left.
 - **Capacity-bound** tasks need many things held at once, **dilution-bound** ones one thing among much else: a
   policy may gain in one and lose in the other.
-- `window` (sinks and the newest tokens) and `random` are controls. Nothing here is trained.
+- `window` (sinks and the newest tokens) and `random` are controls. `retention` asks learned gates (docs/gates.md), whose own bytes (1.7 MB in
+  the file, twice that at work) are not in `kv MB`; the texts were seen by no training and no tuning, but for `aesop-fables`, at
+  which gates were looked at while they trained.
 """
 
 
