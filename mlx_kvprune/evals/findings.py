@@ -28,14 +28,15 @@ def findings(rows: Sequence[Row]) -> list[str]:
 
 
 def _predictions(share: str, rows: Sequence[Row]) -> Iterator[str]:
-    """Of each length of text: the least KL, and whether it is told apart from ``window``."""
-    for tokens in sorted({row["tokens"] for row in rows if row["task"] == "fidelity"}):
-        mine = [row for row in rows if row["task"] == "fidelity" and row["tokens"] == tokens]
+    """Of each length of text and each data: the least KL, and whether it is told apart from ``window``."""
+    rows = [row for row in rows if row["task"] == "fidelity"]
+    for tokens, data in sorted({(row["tokens"], row.get("data", "")) for row in rows}):
+        mine = [row for row in rows if (row["tokens"], row.get("data", "")) == (tokens, data)]
         named = [row for row in mine if row["policy"] not in CONTROLS]
         if not named:
             continue
         best = min(named, key=lambda row: row["kl"])
-        text = f"**{share}** of {tokens:,} tokens, predictions: `{label(best)}`, "
+        text = f"**{share}** of {tokens:,} tokens{f' ({data})' if data else ''}, predictions: `{label(best)}`, "
         text += f"KL {interval(best, 'kl', '.3f')} nats from full, NLL {interval(best, 'nll_change', '+.3f')}"
         window = _window(mine)
         yield text + (f"; {_against(best, window)}" if window else "")

@@ -33,9 +33,9 @@ command that measured it, the day, the machine and the versions.
 - Questions count only where the full cache solves 80%. *Of full's*: how many of the full cache's answers are left.
 - **Capacity-bound** tasks need many things held at once, **dilution-bound** ones one thing among much else: a
   policy may gain in one and lose in the other.
-- `window` (sinks and the newest tokens) and `random` are controls. `retention` asks learned gates (docs/gates.md), whose own bytes (1.7 MB in
-  the file, twice that at work) are not in `kv MB`; the texts were seen by no training and no tuning, but for `aesop-fables`, at
-  which gates were looked at while they trained.
+- `window` (sinks and the newest tokens) and `random` are controls. `retention` asks learned gates (docs/gates.md), whose own
+  bytes (1.7 MB in the file, twice that at work) are not in `kv MB`. Neither training nor tuning saw these texts, but for
+  `aesop-fables`, at which gates were looked at while they trained.
 """
 
 
@@ -101,7 +101,8 @@ def _order(table: Table) -> tuple[int, int]:
 
 
 def _findings(mine: Sequence[Table]) -> Iterator[str]:
-    seeded = [(table.setup["seed"], row) for table in mine for row in table.rows()]
+    named = lambda table: table.setup["data"].rsplit(" ", 1)[0]
+    seeded = [(table.setup["seed"], {**row, "data": named(table)}) for table in mine for row in table.rows()]
     sentences = findings([row for _, row in seeded])
     yield "### What follows" if sentences else ""
     yield "\n".join(f"- {sentence}." for sentence in sentences)

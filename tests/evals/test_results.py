@@ -50,7 +50,7 @@ def test_the_best_policy_and_its_distance_are_named(tmp_path):
         prediction("tova", 0.1),
         prediction("knorm", 0.12, allocator="global"),
     )
-    assert "- **1/4** of 100 tokens, predictions: `tova`, KL 0.100 [0.090, 0.110] nats from full" in text
+    assert "- **1/4** of 100 tokens (d), predictions: `tova`, KL 0.100 [0.090, 0.110] nats from full" in text
     assert "`window` 0.200 [0.190, 0.210] (intervals apart)" in text
     for said in ("mlx-kvprune eval", "2026-01-02, a machine; mlx 9", "100 tokens, data d, seed 0", "## tiny"):
         assert said in text
