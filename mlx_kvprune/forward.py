@@ -54,9 +54,14 @@ def forward(call: Call, inputs: mx.array, caches: Any, **kwargs: Any) -> mx.arra
     finally:
         for cache in bounded:
             cache.fetched = cache.staged = None  # layers that share an earlier one's keys stage in vain
-        if bounded[0].settings.allocator == "global":  # each layer has its peak at a time of its own
-            first = bounded[0]
-            first.nbytes_peak_all = max(first.nbytes_peak_all, sum(c.nbytes for c in bounded))
+        _note_peak(bounded)
+
+
+def _note_peak(bounded: list[PrunedKVCache]) -> None:
+    """Where all layers compete each has its peak at a time of its own, so that their sum is noted after every step."""
+    if bounded[0].settings.allocator == "global":
+        first = bounded[0]
+        first.nbytes_peak_all = max(first.nbytes_peak_all, sum(c.nbytes for c in bounded))
 
 
 def settle(bounded: list[PrunedKVCache]) -> None:
@@ -121,6 +126,7 @@ def _in_steps(call: Call, inputs: mx.array, caches: Any, bounded: list[PrunedKVC
             note_surprise(bounded, inputs[:, span], logits)
         if total > 1:
             mx.eval([c.state for c in leaves(caches)])
+        _note_peak(bounded)
         out.append(logits)
         start = span.stop
     return out[0] if len(out) == 1 else mx.concatenate(out, axis=1)

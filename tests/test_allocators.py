@@ -224,6 +224,17 @@ def test_global_keeps_the_budget_and_shares_it_unequally(store, budget):
     kvp.detach(model)
 
 
+def test_global_notes_its_peak_within_a_call():
+    """However a prompt is cut into calls, the most that was held is the same."""
+    model, peaks = attached(allocator="global"), []
+    for step in (400, 32):
+        cache = model.make_cache()
+        read(model, cache, text(400), step)
+        peaks.append(kvp.report(cache).kv_bytes_peak)
+    assert peaks[0] == peaks[1] > sum(c.nbytes for c in cache)
+    kvp.detach(model)
+
+
 @pytest.mark.parametrize("policy", ["knorm", "keydiff", "snapkv"])
 def test_global_gives_layers_what_their_scores_are_worth(policy):
     """One layer's keys made ten times shorter: knorm gives it more than its share; the others go on as they must."""
