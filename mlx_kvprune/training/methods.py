@@ -12,7 +12,13 @@ from mlx_kvprune.scorers.base import Scorer, options_of
 
 UTILITY, DISTILL, BOTH = "utility", "distill", "both"
 SCOPES = {"global": "global", "head_adaptive": "layer"}  # by the policy's allocator; else ``head``
-RATES = {"linear": 2e-3, "mlp": 2e-3, "shared": 2e-3, "sink": 1e-3, "dms": 3e-5}  # dms multiplies by a hundred
+RATES = {"linear": 2e-3, "mlp": 2e-3, "shared": 2e-3, "sink": 1e-3}  # of ``utility``, by form
+DISTILL_RATES = {
+    "linear": 3e-4,
+    "mlp": 3e-4,
+    "shared": 3e-4,
+    "dms": 3e-5,
+}  # more destroys what was found; dms times a hundred
 JOINT_RATE = 1e-5  # of a whole model; adapters take ten times that
 
 

@@ -8,7 +8,7 @@ from typing import Any
 from mlx_kvprune.gates import GateShape
 from mlx_kvprune.gates.modules import HIDDEN
 from mlx_kvprune.ladder import Rung
-from mlx_kvprune.training.methods import BOTH, DISTILL, JOINT_RATE, RATES, Method, method_named
+from mlx_kvprune.training.methods import BOTH, DISTILL, DISTILL_RATES, JOINT_RATE, Method, method_named
 from mlx_kvprune.training.reading import SEGMENT
 from mlx_kvprune.training.recipe import Recipe
 
@@ -165,6 +165,7 @@ class Plan:
             target=self.target or (how.targets or ("budget",))[0],
             steps=self.steps or STEPS,
             rate=self.rate or self._rate(),
+            **({"bias_rate": 0.0} if self.joint else {}),  # a model's own biases must not learn faster
             capacity=1.0 if self.capacity is None else self.capacity,
             surprisal=how.surprisal,
             scope=self.scope or how.scope,
@@ -177,7 +178,7 @@ class Plan:
     def _rate(self) -> float:
         if self.joint:
             return JOINT_RATE * (10 if self.lora else 1)
-        return RATES[self.form or self.how.forms[0]]
+        return DISTILL_RATES.get(self.form or self.how.forms[0], 0.0)  # methods without distillation need none
 
     def shape(self, rung: Rung, widths: tuple[int, ...]) -> GateShape:
         """Of the gates for a model."""

@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from mlx_kvprune.attach import hooked, replaced
 from mlx_kvprune.cache import Handle
+from mlx_kvprune.forward import leaves
 from mlx_kvprune.numerics import softmax
 
 SEGMENT = 256  # tokens of a chunk: where a student may start
@@ -215,8 +216,8 @@ def read(
     length, tokens = len(tokens), [*tokens, *tokens] if twice else list(tokens)
     recorder = lambda i: Recorder(window, length if twice else None, grams[i] if grams else None)
     caches = replaced(model, recorder)
-    mine = [c for c in flat(caches) if isinstance(c, Recorder)]
-    theirs = [c for c in flat(caches) if not isinstance(c, Recorder)]
+    mine = [c for c in leaves(caches) if isinstance(c, Recorder)]
+    theirs = [c for c in leaves(caches) if not isinstance(c, Recorder)]
     ids, tops, picks, others = mx.array(tokens), [], [], []
     for start in range(0, len(tokens), segment):
         others.append([tree_map(_copied, c.state) if not c.empty() else None for c in theirs])
@@ -248,11 +249,6 @@ def pieces(logits: mx.array) -> list[slice]:
     """Rows of ``(L, vocab)`` in pieces of at most ``PIECE`` numbers."""
     rows = max(1, PIECE // logits.shape[1])
     return [slice(start, start + rows) for start in range(0, logits.shape[0], rows)]
-
-
-def flat(caches: Any) -> list[Any]:
-    """The single caches of a (nested) list."""
-    return [one for c in caches for one in (flat(c.caches) if hasattr(c, "caches") else [c])]
 
 
 def _copied(x: Any) -> Any:

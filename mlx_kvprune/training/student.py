@@ -11,8 +11,9 @@ import mlx.nn as nn
 
 from mlx_kvprune.attach import replaced
 from mlx_kvprune.cache import Handle
+from mlx_kvprune.forward import leaves
 from mlx_kvprune.training.bias import Bias
-from mlx_kvprune.training.reading import SEGMENT, Reading, flat
+from mlx_kvprune.training.reading import SEGMENT, Reading
 
 
 class StudentLayer:
@@ -87,7 +88,7 @@ def run(model: nn.Module, reading: Reading, start: int, length: int, biases: Seq
         return StudentLayer(whole(one.keys), whole(one.values), biases[i])
 
     caches = replaced(model, layer)
-    theirs = [c for c in flat(caches) if not isinstance(c, StudentLayer)]
+    theirs = [c for c in leaves(caches) if not isinstance(c, StudentLayer)]
     for cache, state in zip(theirs, reading.others[start // SEGMENT] if theirs else (), strict=True):
         if state is not None:
             cache.state = state

@@ -10,8 +10,10 @@ from training_helpers import WINDOW, gates_for, shaken, text
 
 from mlx_kvprune.gates import Gates, GateShape
 from mlx_kvprune.training.descent import Descent
+from mlx_kvprune.training.methods import RATES
 from mlx_kvprune.training.objective import worth
 from mlx_kvprune.training.objectives import rereading
+from mlx_kvprune.training.plan import Plan
 from mlx_kvprune.training.reading import LayerReading, Reading, gram, projections, read
 from mlx_kvprune.training.utility import SHIFT, exposure, fit_poisson
 from mlx_kvprune.training.whitening import Whitening
@@ -148,3 +150,10 @@ def test_whitened_inputs_have_one_scale(pool):
     x = np.concatenate([np.array(whitening(0, r.layers[0].x)) for r in pool])
     np.testing.assert_allclose(x.mean(axis=0), 0, atol=1e-2)
     np.testing.assert_allclose(x.std(axis=0), 1, atol=1e-2)
+
+
+def test_the_model_learns_no_faster_than_it_was_asked_to():
+    """Gates' biases have a rate of their own; a model that learns with them may have biases, too."""
+    assert Plan(method="retention").recipe.bias_rate > 0
+    assert Plan(method="spkv", full=True).recipe.bias_rate == Plan(method="spkv", lora=8).recipe.bias_rate == 0
+    assert Plan(method="retention").recipe.rate < RATES["shared"], "distillation at the first stage's rate undoes it"
