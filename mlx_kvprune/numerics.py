@@ -1,4 +1,4 @@
-"""Exponentials to the base of two: MLX's CPU backend takes a third of the time of ``mx.exp`` for them."""
+"""Exponentials and their kin. To the base of two: MLX's CPU backend takes a third of the time of ``mx.exp`` for them."""
 
 from __future__ import annotations
 
@@ -25,3 +25,9 @@ def softmax(x: mx.array) -> mx.array:
     x = x.astype(mx.float32)
     weights = exp2((x - x.max(axis=-1, keepdims=True)) * LOG2_E)
     return weights / weights.sum(axis=-1, keepdims=True)
+
+
+def log_sigmoid(x: mx.array) -> mx.array:
+    """``log(1 / (1 + exp(-x)))``, float32; exact for large ``x``, where it is ``-exp(-x)``."""
+    x = x.astype(mx.float32)
+    return mx.minimum(x, 0.0) - mx.log1p(mx.exp(-mx.abs(x)))

@@ -14,6 +14,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_kvprune.gates.modules import Gates
+from mlx_kvprune.numerics import log_sigmoid
 from mlx_kvprune.settings import floor_slots, layers_text
 
 TIMES = 8  # moments of the second half of a text at which slots are counted
@@ -78,7 +79,7 @@ def structure(
             f"[structure] nothing would be chosen; got {slots} slots for a text of {length} tokens; "
             f"try {window + block + n_sink + 1} to {length - 1} slots, and a longer text"
         )
-    worths = [_worth(np.array(raw[0])) for raw in gates.all_layers([x[None] for x in xs])]
+    worths = [np.array(worth(raw[0])) for raw in gates.all_layers([x[None] for x in xs])]
     return _structure(worths, pool, floor_slots(pool, head_floor), window, n_sink)
 
 
@@ -93,9 +94,9 @@ def _structure(worths: Sequence[np.ndarray], pool: int, floor: int, window: int,
     return Structure(tuple(np.split(kept, cuts)), floor, pool)
 
 
-def _worth(raw: np.ndarray) -> np.ndarray:
-    """``-log(-log sigmoid(raw))``."""
-    return -np.log(np.maximum(np.logaddexp(0.0, -raw.astype(np.float64)), 1e-30))
+def worth(raw: mx.array) -> mx.array:
+    """``-log(-log sigmoid(raw))``: the static part of a retention score's rank; about ``raw`` where that is large."""
+    return -mx.log(mx.maximum(-log_sigmoid(raw), 1e-30))
 
 
 def _kept(static: np.ndarray, pool: int, floor: int, window: int, n_sink: int) -> np.ndarray:

@@ -7,13 +7,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from mlx_kvprune.numerics import log_sigmoid
 from mlx_kvprune.scorers.base import Held, Scorer, State, require
-
-
-def log_sigmoid(x: mx.array) -> mx.array:
-    """``log(1 / (1 + exp(-x)))``, float32; exact for large ``x``, where it is ``-exp(-x)``."""
-    x = x.astype(mx.float32)
-    return mx.minimum(x, 0.0) - mx.log1p(mx.exp(-mx.abs(x)))
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_kvprune.gates import Gates
+from mlx_kvprune.gates.structure import worth
 from mlx_kvprune.training.bias import Bias
-from mlx_kvprune.training.objective import Bounds, budget_biases, divergence, surprisal, worth
+from mlx_kvprune.training.objective import Bounds, budget_biases, divergence, surprisal
 from mlx_kvprune.training.objectives import OBJECTIVES
 from mlx_kvprune.training.reading import SEGMENT, Reading
 from mlx_kvprune.training.recipe import Example, Recipe, bounds_of, drawn, temperature

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from mlx_kvprune.scorers.gated import log_sigmoid
+from mlx_kvprune.numerics import log_sigmoid
 from mlx_kvprune.settings import floor_slots
 from mlx_kvprune.training.bias import Bias
 from mlx_kvprune.training.reading import pieces
@@ -53,11 +53,6 @@ class Bounds:
     def pool(self) -> int:
         """Slots per head that are competed for."""
         return max(1, self.slots - self.window - self.block - self.n_sink)
-
-
-def worth(raw: mx.array) -> mx.array:
-    """``-log(-log sigmoid(raw))``: the static part of a retention score's rank; about ``raw`` where that is large."""
-    return -mx.log(mx.maximum(-log_sigmoid(raw), 1e-30))
 
 
 def ages(start: int, length: int) -> mx.array:

@@ -165,7 +165,7 @@ class Plan:
             target=self.target or (how.targets or ("budget",))[0],
             steps=self.steps or STEPS,
             rate=self.rate or self._rate(),
-            **({"bias_rate": 0.0} if self.joint else {}),  # a model's own biases must not learn faster
+            bias_rate=0.0 if self.joint else Recipe.bias_rate,  # a model's own biases must not learn faster
             capacity=1.0 if self.capacity is None else self.capacity,
             surprisal=how.surprisal,
             scope=self.scope or how.scope,

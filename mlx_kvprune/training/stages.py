@@ -43,5 +43,4 @@ def fit_utility(
         return fit_squared(gates, readings, whitening, N_SINK, how, tick)
     if plan.method == "fastkvzip":
         return fit_score(gates, readings, whitening, N_SINK, how, tick)
-    numbers = {"epochs": how.epochs, "rate": how.rate, "batch": how.batch, "seed": how.seed}
-    return fit_poisson(gates, readings, whitening, plan.recipe.window, n_sink=N_SINK, tick=tick, **numbers)
+    return fit_poisson(gates, readings, whitening, plan.recipe.window, N_SINK, how, tick)

@@ -14,8 +14,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_kvprune.gates import Gates
+from mlx_kvprune.gates.structure import worth
 from mlx_kvprune.training.descent import Descent, Tick, descend
-from mlx_kvprune.training.objective import worth
 from mlx_kvprune.training.reading import LayerReading, Reading
 from mlx_kvprune.training.whitening import Whitening
 
@@ -42,12 +42,8 @@ def fit_poisson(
     readings: Sequence[Reading],
     whitening: Whitening,
     window: int,
-    *,
-    epochs: int = 3,
-    rate: float = 2e-3,
-    batch: int = 512,
-    seed: int = 0,
-    n_sink: int = 4,
+    n_sink: int,
+    how: Descent,
     tick: Tick | None = None,
 ) -> float:
     """Fit gates for whitened inputs to readings; returns the mean loss of the last epoch."""
@@ -58,4 +54,4 @@ def fit_poisson(
         g = worth(raw) - SHIFT
         return (exposures[r][cut] * mx.exp(g) - layer.mass[:, cut] * g).mean()
 
-    return descend(gates, readings, whitening, loss, Descent(epochs, rate, batch, seed), n_sink, tick)
+    return descend(gates, readings, whitening, loss, how, n_sink, tick)

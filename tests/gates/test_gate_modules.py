@@ -16,7 +16,7 @@ import mlx_kvprune as kvp
 from mlx_kvprune.attach import use_gates
 from mlx_kvprune.gates import FORMS, Gates, GateShape
 from mlx_kvprune.gates.modules import SINK_DIM
-from mlx_kvprune.scorers.gated import log_sigmoid
+from mlx_kvprune.numerics import log_sigmoid
 
 INPUTS = np.random.default_rng(5).normal(size=(2, 7, 24)).astype(np.float32)
 Named = dict[str, np.ndarray]

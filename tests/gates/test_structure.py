@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from mlx_kvprune.gates import Gates, GateShape
-from mlx_kvprune.gates.structure import _kept, _structure, structure
+from mlx_kvprune.gates.structure import _kept, _structure, structure, worth
 from mlx_kvprune.settings import floor_slots
-from mlx_kvprune.training.objective import Bounds, thresholds, worth
+from mlx_kvprune.training.objective import Bounds, thresholds
 
 LAYERS, HEADS, T = 4, 2, 700
 BOUNDS = {"window": 32, "block": 32, "n_sink": 4}

@@ -17,9 +17,9 @@ from traces import TEXT, T
 from mlx_kvprune import detach, make_cache
 from mlx_kvprune.attach import use_gates
 from mlx_kvprune.gates import Gates, GateShape
+from mlx_kvprune.numerics import log_sigmoid
 from mlx_kvprune.report import page
 from mlx_kvprune.report.trace import follow
-from mlx_kvprune.scorers.gated import log_sigmoid
 
 METHODS = {"retention": "shared", "spkv": "mlp", "kvzap": "linear", "fastkvzip": "sink", "dms": "dms"}
 

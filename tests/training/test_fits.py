@@ -9,9 +9,9 @@ import pytest
 from training_helpers import WINDOW, gates_for, shaken, text
 
 from mlx_kvprune.gates import Gates, GateShape
+from mlx_kvprune.gates.structure import worth
 from mlx_kvprune.training.descent import Descent
 from mlx_kvprune.training.methods import RATES
-from mlx_kvprune.training.objective import worth
 from mlx_kvprune.training.objectives import rereading
 from mlx_kvprune.training.plan import Plan
 from mlx_kvprune.training.reading import LayerReading, Reading, gram, projections, read
@@ -33,7 +33,7 @@ def invented(seed: int, length: int = 1024, width: int = 6, heads: int = 2) -> t
 def test_poisson_fit_recovers_the_rates():
     reading, rates = invented(0, 4096)
     gates, whitening = Gates(GateShape("linear", (6,), (2,))), Whitening.of([reading], "linear")
-    fit_poisson(gates, [reading], whitening, 8, epochs=60, rate=5e-2, n_sink=0)
+    fit_poisson(gates, [reading], whitening, 8, 0, Descent(epochs=60, rate=5e-2))
     found = np.array(worth(gates(0, whitening(0, reading.layers[0].x[None]))[0])) - SHIFT
     assert np.corrcoef(found.reshape(-1), rates.reshape(-1))[0, 1] > 0.98
     assert np.abs(found - rates).mean() < 0.2

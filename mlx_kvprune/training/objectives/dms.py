@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from mlx_kvprune.scorers.gated import log_sigmoid
+from mlx_kvprune.numerics import log_sigmoid
 from mlx_kvprune.training.bias import Bias
 from mlx_kvprune.training.objective import dropped_biases, outside
 from mlx_kvprune.training.objectives.base import Raws

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import mlx.core as mx
 
+from mlx_kvprune.gates.structure import worth
 from mlx_kvprune.training.bias import Bias
-from mlx_kvprune.training.objective import budget_biases, decay_biases, held_by_decay, worth
+from mlx_kvprune.training.objective import budget_biases, decay_biases, held_by_decay
 from mlx_kvprune.training.objectives.base import Raws
 from mlx_kvprune.training.recipe import Example, Recipe, temperature
 
