@@ -21,10 +21,22 @@ def exp2(x: mx.array) -> mx.array:
 
 
 def softmax(x: mx.array) -> mx.array:
-    """Softmax along the last axis, float32; ``-inf`` gets zero unless all of a row is."""
-    x = x.astype(mx.float32)
+    """Softmax along the last axis, float32; ``-inf`` gets zero unless all of a row is. Has a gradient."""
+    weights: Any = _softmax(x.astype(mx.float32))
+    return weights
+
+
+@mx.custom_function
+def _softmax(x: mx.array) -> mx.array:
     weights = exp2((x - x.max(axis=-1, keepdims=True)) * LOG2_E)
     return weights / weights.sum(axis=-1, keepdims=True)
+
+
+@_softmax.vjp
+def _softmax_vjp(x: Any, cotangent: mx.array, out: mx.array) -> mx.array:
+    """From the output, without the logarithms that the gradient of a power takes."""
+    product = out * cotangent
+    return product - out * product.sum(axis=-1, keepdims=True)
 
 
 def log_sigmoid(x: mx.array) -> mx.array:

@@ -12,6 +12,7 @@ import mlx.nn as nn
 from mlx_kvprune.attach import replaced
 from mlx_kvprune.cache import Handle
 from mlx_kvprune.forward import leaves
+from mlx_kvprune.numerics import softmax
 from mlx_kvprune.training.bias import Bias
 from mlx_kvprune.training.reading import SEGMENT, Reading
 
@@ -50,9 +51,9 @@ class StudentLayer:
         logits = self.bias(logits)
         if sinks is not None:
             extra = mx.broadcast_to(sinks.reshape(1, heads, -1, 1, 1), (*logits.shape[:-1], 1))
-            weights = mx.softmax(mx.concatenate([logits, extra], axis=-1), axis=-1)[..., :-1]
+            weights = softmax(mx.concatenate([logits, extra], axis=-1))[..., :-1]
         else:
-            weights = mx.softmax(logits, axis=-1)
+            weights = softmax(logits)
         out = weights.reshape(batch, heads, -1, slots) @ values
         return out.reshape(batch, n_heads, length, -1).astype(queries.dtype)
 
