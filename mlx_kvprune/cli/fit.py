@@ -139,8 +139,27 @@ Patience = Annotated[
 Fresh = Annotated[
     int, _option("--fresh", panel=TEXT, metavar="N", min=0, help="Steps after which a text is replaced; 0: never.")
 ]
+Recall = Annotated[
+    float,
+    _option(
+        "--recall",
+        panel=TEXT,
+        metavar="SHARE",
+        help="Weave invented facts into this share of the texts, which come back later: gates learn to keep what a question "
+        "may be about.",
+    ),
+]
 Out = Annotated[
     Path | None, _option("--out", panel=FILES, metavar="FILE", help="The gate file. Default: gates-METHOD.safetensors.")
+]
+Start = Annotated[
+    str,
+    _option(
+        "--start",
+        panel=FILES,
+        metavar="FILE",
+        help="Go on from the gates of this file (or hub repo) instead of the first stage; with --stage distill.",
+    ),
 ]
 Restart = Annotated[
     bool, _option("--restart", panel=FILES, help="Forget a training that was cut short, and write over --out.")
@@ -161,6 +180,7 @@ class TextOptions:
     tokens: Tokens = None
     memory: Memory = 4.0
     fresh: Fresh = 12
+    recall: Recall = 0.0
 
 
 @dataclass(frozen=True)
@@ -182,6 +202,7 @@ class HowOptions:
     seed: Seed = 0
     check: Check = None
     patience: Patience = 6
+    start: Start = ""
 
 
 @spread
@@ -225,7 +246,7 @@ def plan_of(model: ModelOptions, how: HowOptions, text: TextOptions) -> Plan:
 
     scope = None if how.uniform is None else "head" if how.uniform else "global"
     given: Fields = {k: v for k, v in vars(how).items() if k not in ("uniform", "minutes")}
-    given |= {"scope": scope, "texts": text.texts, "tokens": text.tokens, "fresh": text.fresh}
+    given |= {"scope": scope, "texts": text.texts, "tokens": text.tokens, "fresh": text.fresh, "recall": text.recall}
     given |= {"data": _names(text.data), "held_out": _names(text.held_out), "memory": int(text.memory * 10**9)}
     return Plan(model=model.model + (f" ({model.dtype})" if model.dtype else ""), **given).checked()
 

@@ -16,6 +16,8 @@ from mlx_kvprune.training.methods import DISTILL
 from mlx_kvprune.training.plan import Plan
 from mlx_kvprune.training.texts import credits
 
+WOVEN = "invented facts woven into them, generated"
+
 
 @dataclass(frozen=True)
 class Ran:
@@ -60,7 +62,7 @@ def card_of(
         method=plan.method,
         model=plan.model,
         stage="+".join(plan.stages),
-        data=credits(plan.data),
+        data=credits(plan.data) + ((WOVEN,) if plan.recall else ()),
         tokens=ran.read * plan.length,
         minutes=f"{ran.seconds / 60:.1f} on {machine()}",
         budget=f"1/{1 / most:.0f} to 1/{1 / least:.0f}" if budgeted else "",

@@ -115,12 +115,13 @@ class _Training:
     def __init__(self, model: nn.Module, tokenizer: Any, plan: Plan, out: Path, watch: Watch, minutes: float | None):
         self.model, self.plan, self.out, self.watch, self.minutes = model, plan, out, watch, minutes
         self.began, self.before = time.monotonic(), 0.0
-        texts = Texts.of(tokenizer, plan.data, plan.seed)
+        texts = Texts.of(tokenizer, plan.data, plan.seed, plan.recall)
         self.texts, self.others = texts.split(plan.length)
         if plan.held_out:
-            self.texts, self.others = texts, Texts.of(tokenizer, plan.held_out, plan.seed + 1)
+            self.texts, self.others = texts, Texts.of(tokenizer, plan.held_out, plan.seed + 1, plan.recall)
         self.grams = projections(model) if plan.how.norms else None
         self.pool = Pool(self._text, plan.n_texts, plan.fresh, plan.memory, lean=DISTILL not in plan.stages)
+        self.first = self._start() if plan.start else None
         self.kept: tuple[dict[str, mx.array], Progress] | None = None  # what an interrupted training writes
         self.best: dict[str, mx.array] = {}
 
@@ -140,9 +141,11 @@ class _Training:
         arrays, progress = self._found()
         self.held = self._read_held()
         self._fill(progress.done)
-        gates = Gates(self.plan.shape(hooked(self.model).rung, self.widths), seed=self.plan.seed)
+        gates = self.first or Gates(self.plan.shape(hooked(self.model).rung, self.widths), seed=self.plan.seed)
         form = gates.shape.form
         whitening = Whitening.restored(under(WHITENING, arrays)) if arrays else Whitening.of(self.pool.readings, form)
+        if self.first:
+            gates = whitening.unfolded(self.first)
         if UTILITY in self.plan.stages and not arrays:
             self._say_loss(fit_utility(self.plan, gates, self.pool.readings, whitening, self.watch.stage))
         distiller = self._distiller(gates, whitening)
@@ -152,6 +155,15 @@ class _Training:
                 self.best = under(BEST, arrays)
             self._distil(distiller, progress)
         return self._finish(distiller, progress)
+
+    def _start(self) -> Gates:
+        """The gates to go on from."""
+        gates, form = gate_files.load_for(self.model, self.plan.method, self.plan.start), self.plan.form
+        if gates.shape.form != (form or self.plan.how.forms[0]):
+            raise ValueError(
+                f"[start] gates of another form; got {gates.shape.form}; try --form {gates.shape.form}, or other gates"
+            )
+        return gates
 
     # -- texts -------------------------------------------------------------------------------------------------------
 

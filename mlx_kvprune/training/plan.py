@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from mlx_kvprune.gates import GateShape
@@ -42,6 +43,8 @@ class Plan:
         memory: bytes that texts may take.
         lora: rank of adapters of the model that learn with the gates; 0 for none.
         full: all weights of the model learn with the gates.
+        recall: share of the texts that have facts woven in which come back later (see ``recall``).
+        start: a gate file to go on from instead of the first stage.
     """
 
     method: str = "retention"
@@ -65,6 +68,8 @@ class Plan:
     memory: int = 4 * GB
     lora: int = 0
     full: bool = False
+    recall: float = 0.0
+    start: str = ""
 
     def checked(self) -> Plan:
         """The plan, if it makes sense.
@@ -77,6 +82,7 @@ class Plan:
         self._check_choices(how)
         self._check_numbers()
         self._check_unused(how)
+        self._check_start(how)
         return self
 
     def _check_stage(self, how: Method) -> None:
@@ -106,10 +112,21 @@ class Plan:
         if self.tokens is not None and (self.tokens < 2 * SEGMENT or self.tokens % SEGMENT):
             near = max(2 * SEGMENT, self.tokens // SEGMENT * SEGMENT)
             raise ValueError(f"[tokens] must be a multiple of {SEGMENT}, at least 512; got {self.tokens}; try {near}")
+        if not 0 <= self.recall <= 1:
+            raise ValueError(f"[recall] must be a share from 0 to 1; got {self.recall:g}; try 0.5")
         for name in ("rate", "capacity"):
             value = getattr(self, name)
             if value is not None and not 0 < value < 1e6:
                 raise ValueError(f"[{name}] must be above 0; got {value:g}; try it without --{name}")
+
+    def _check_start(self, how: Method) -> None:
+        if not self.start:
+            return
+        if self.stages != (DISTILL,):
+            raise ValueError(
+                f"[start] gates to go on from take the place of the first stage; got --stage {'+'.join(self.stages)}; "
+                + ("try --stage distill" if DISTILL in how.stages else f"try it without: {self.method} has no other")
+            )
 
     def _check_unused(self, how: Method) -> None:
         distils = DISTILL in self.stages
@@ -199,4 +216,7 @@ class Plan:
         if DISTILL in self.stages:
             found |= {"target": recipe.target, "steps": recipe.steps, "rate": recipe.rate, "capacity": recipe.capacity}
         found |= {"scope": recipe.scope, "window": recipe.window}
+        found |= ({"recall": self.recall} if self.recall else {}) | (
+            {"start": Path(self.start).name} if self.start else {}
+        )
         return found | ({"lora": self.lora, "full": self.full} if self.joint else {})

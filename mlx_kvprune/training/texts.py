@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from mlx_kvprune.evals.texts import CHARS_PER_TOKEN, Document, loaded, shipped
+from mlx_kvprune.training.recall import woven
 
 MANY = 10  # documents of a file, from which on whole ones are held out
 TAIL = 0.15  # share of a document that is held out where there are fewer
@@ -24,13 +25,14 @@ class Texts:
     tokenizer: Any
     files: tuple[tuple[Document, ...], ...]
     seed: int = 0
+    recall: float = 0.0  # share of the excerpts that have facts woven in
     what: str = "--data"  # in messages
 
     @classmethod
-    def of(cls, tokenizer: Any, paths: Sequence[str | Path], seed: int = 0) -> Texts:
+    def of(cls, tokenizer: Any, paths: Sequence[str | Path], seed: int = 0, recall: float = 0.0) -> Texts:
         """The documents of ``paths``, as ``evals.texts.loaded`` reads them; none for the one that the repository ships."""
         paths = list(paths) or [shipped()]
-        return cls(tokenizer, tuple(tuple(loaded([path])) for path in paths), seed)
+        return cls(tokenizer, tuple(tuple(loaded([path])) for path in paths), seed, recall)
 
     def split(self, length: int) -> tuple[Texts, Texts]:
         """What to train on, and what to hold out: every tenth document of a file, or the ends of its few documents."""
@@ -51,7 +53,9 @@ class Texts:
             text = file[int(rng.choice(len(file), p=sizes / sizes.sum()))].text
             start = int(rng.integers(max(1, len(text) - CHARS_PER_TOKEN * length // 2)))
             start = text.find("\n", start) + 1 if start else 0
-            tokens = list(self.tokenizer.encode(text[start : start + CHARS_PER_TOKEN * length]))
+            piece = text[start : start + CHARS_PER_TOKEN * length]
+            piece = woven(rng, piece, length) if rng.random() < self.recall else piece
+            tokens = list(self.tokenizer.encode(piece))
             if len(tokens) >= length:
                 return tokens[:length]
         hint = f"--tokens {max(512, length // 512 * 256)}, or longer texts" if length > 512 else "longer texts"

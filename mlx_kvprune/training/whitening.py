@@ -72,6 +72,11 @@ class Whitening:
         mx.eval(plain.parameters())
         return plain
 
+    def unfolded(self, gates: Gates) -> Gates:
+        """Gates for inputs on this scale, from gates for inputs as they are: what ``folded`` undoes."""
+        spreads = tuple(1 / x for x in self.spreads)
+        return Whitening(tuple(-m * s for m, s in zip(self.means, spreads, strict=True)), spreads).folded(gates)
+
 
 def _moments(xs: Sequence[mx.array]) -> tuple[mx.array, mx.array]:
     """Mean and spread ``(width,)`` of the rows of several arrays, one array at a time."""

@@ -141,6 +141,10 @@ def test_folded_gates_say_the_same_of_raw_inputs(model, pool, form):
     folded = whitening.folded(gates)
     x = pool[0].layers[1].x[None]
     np.testing.assert_allclose(np.array(folded(1, x)), np.array(gates(1, whitening(1, x))), rtol=1e-3, atol=1e-3)
+    again = whitening.unfolded(folded)
+    np.testing.assert_allclose(
+        np.array(again(1, whitening(1, x))), np.array(gates(1, whitening(1, x))), rtol=1e-3, atol=1e-3
+    )
     back = Whitening.restored(whitening.arrays())
     assert mx.array_equal(back(1, x), whitening(1, x))
 

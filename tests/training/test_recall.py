@@ -1,0 +1,67 @@
+"""Facts woven into texts: they come back, they are not those of the evaluation, the same ones every time."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from mlx_kvprune.evals import facts, needles
+from mlx_kvprune.evals.texts import Document
+from mlx_kvprune.training import recall
+from mlx_kvprune.training.texts import Texts
+
+TEXT = " ".join(f"Sentence {i} says nothing new." for i in range(2000))
+
+
+def told(text: str) -> list[str]:
+    """The sentences that were woven in, each as often as it is there."""
+    found = re.findall(r"[A-Z][^.?!:\n\"]*\.", text)
+    return [sentence for sentence in found if "Sentence" not in sentence]
+
+
+@pytest.mark.parametrize("length", [512, 2048])
+def test_every_fact_comes_back(length):
+    found = recall.woven(np.random.default_rng(0), TEXT, length).replace("Mr.", "Mr").replace("Mrs.", "Mrs")
+    found = found.replace("Dr.", "Dr")
+    counts = Counter(told(found))
+    assert len(counts) == length // recall.EVERY
+    assert all(2 <= n <= 4 for n in counts.values())
+    plain = re.findall(r"Sentence \d+", found)
+    assert plain == [f"Sentence {i}" for i in range(len(plain))] and len(plain) > length // 10, "the text is all there"
+    first = [found.find(sentence) for sentence in counts]
+    again = [found.find(sentence, at + 1) - at for sentence, at in zip(counts, first, strict=True)]
+    assert np.median(again) > 0.1 * recall.CHARS * length
+
+
+def test_the_same_draws_give_the_same_text_and_code_can_be_woven_into():
+    one, other = (recall.woven(np.random.default_rng(5), "x = 1\n" * 3000, 512) for _ in range(2))
+    assert one == other and "x = 1\n" in one
+    assert recall.woven(np.random.default_rng(1), "", 512), "a text without a break is refused by nobody"
+
+
+def test_nothing_of_the_evaluation_is_trained_for():
+    words = {*recall.SURNAMES, *recall.COUNTRIES, *recall.DISHES, *recall.PLACES, *recall.FIRMS}
+    assert not words & {*facts.NAMES, *needles.NAMES, *facts.CITIES}
+    openings = {opening for _, _, opening, _ in recall.KINDS}
+    theirs = {kind.told.split("{name}")[1].split("{x}")[0].strip() for kind in facts.KINDS} - {""}
+    assert not any(one in opening for one in theirs for opening in openings if one != "is")
+    assert not any("secret" in opening or "hidden" in opening for opening in openings)
+
+
+class Letters:
+    def encode(self, text):
+        return [ord(c) for c in text[::4]]
+
+
+def test_a_share_of_the_excerpts():
+    texts = Texts(Letters(), ((Document(TEXT),),), 0, recall=0.5)
+    woven = 0
+    for n in range(60):
+        excerpt = texts.excerpt(n, 512)
+        assert excerpt == texts.excerpt(n, 512) and len(excerpt) == 512
+        woven += "".join(map(chr, excerpt)) not in TEXT[::4] + TEXT[1::4] + TEXT[2::4] + TEXT[3::4]
+    assert 15 <= woven <= 45
+    assert texts.split(512)[0].recall == texts.split(512)[1].recall == 0.5
