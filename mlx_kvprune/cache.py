@@ -14,8 +14,8 @@ from mlx_kvprune.attend import Attended, Mask, View, among_new, attend, backend
 from mlx_kvprune.batch import BatchPrunedKVCache
 from mlx_kvprune.policy import policy_for
 from mlx_kvprune.rope import Rope, Shared, Turning, position_scale, unrotate
-from mlx_kvprune.scorers import Held, Scorer, Seen
-from mlx_kvprune.scorers.base import State
+from mlx_kvprune.scorers import Held, Probe, Scorer, Seen
+from mlx_kvprune.scorers.base import HEARD, State
 from mlx_kvprune.settings import CacheSettings
 from mlx_kvprune.slots import Contest, LayerSlots, PagedPool, Part, best_of_spans, order_key, plain
 from mlx_kvprune.storage import pool_specs
@@ -55,6 +55,13 @@ class Handle:
 
 
 Gate = Callable[[mx.array], mx.array]
+
+
+def question_of(scorer: Scorer) -> Probe:
+    """How a scorer that knows the question listens."""
+    probe = getattr(scorer, "probe", scorer)
+    assert isinstance(probe, Probe)
+    return probe
 
 
 class PrunedKVCache:
@@ -501,6 +508,17 @@ class PrunedKVCache:
         newest = self.held.written - (settings.window or 0)
         return (positions >= settings.n_sink) & (positions < newest)
 
+    def hear(self, heard: mx.array) -> None:
+        """Take what a question attended to of each slot ``(B, H_kv, S)``; beside gates it lasts for one choice only."""
+        if "hidden" in self.scorer.needs:
+            self.signals = {**self.signals, HEARD: heard}
+        else:
+            self.held.remember(heard)
+
+    def forget_heard(self) -> None:
+        """Slots were chosen."""
+        self.signals = {name: x for name, x in self.signals.items() if name != HEARD}
+
     # -- inside ------------------------------------------------------------------------------------------------------
 
     @property
@@ -602,5 +620,7 @@ class PrunedKVCache:
         view = handle.blocks[0][1]
         seen = attend(queries, view, scale=scale, mask=mask, sinks=sinks, want_weights=first)
         if seen.weights is not None:
-            self.heard = self.scorer.heard(mx.concatenate(list(seen.weights), axis=-1))[..., : -queries.shape[2]]
+            self.heard = question_of(self.scorer).heard(mx.concatenate(list(seen.weights), axis=-1))[
+                ..., : -queries.shape[2]
+            ]
         return seen.out

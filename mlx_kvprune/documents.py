@@ -17,6 +17,7 @@ import mlx.nn as nn
 
 from mlx_kvprune.attach import attachment_of, make_from_settings
 from mlx_kvprune.context import placed
+from mlx_kvprune.policy import find
 from mlx_kvprune.settings import CacheSettings
 
 HERE = "\x00document\x00"
@@ -108,7 +109,8 @@ def prompt_for(tokenizer: Any, document: str, question: str, *, pinned: bool) ->
 def settings_for(settings: CacheSettings, prompt: Prompt) -> CacheSettings:
     """Pin what stands before the document; let the question probe where the policy does."""
     n_sink = max(settings.n_sink, len(prompt.before))
-    question = tuple(prompt.after) if settings.policy == "probe" else ()
+    scorer = find(settings.policy).scorer
+    question = tuple(prompt.after) if scorer is not None and "question" in scorer.needs else ()
     return settings.but(n_sink=n_sink, question=question)
 
 

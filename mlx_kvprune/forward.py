@@ -10,7 +10,7 @@ import numpy as np
 from mlx.utils import tree_map
 
 from mlx_kvprune.allocators import floor_pages, share_pages
-from mlx_kvprune.cache import PrunedKVCache
+from mlx_kvprune.cache import PrunedKVCache, question_of
 from mlx_kvprune.scorers import Surprise
 from mlx_kvprune.settings import PAGE
 from mlx_kvprune.slots import PagedPool
@@ -119,6 +119,8 @@ def _in_steps(call: Call, inputs: mx.array, caches: Any, bounded: list[PrunedKVC
         if lead.held.evicts_next() and lead.settings.question:
             probe(call, caches, bounded)
         settle(bounded)
+        for cache in bounded:
+            cache.forget_heard()
         span = slice(start, min(total, start + lead.step_room()))
         part = {k: v[:, span] if isinstance(v, mx.array) else v for k, v in kwargs.items()}
         logits = call(inputs[:, span], cache=caches, **part)
@@ -165,9 +167,11 @@ def probe(call: Call, caches: Any, bounded: list[PrunedKVCache]) -> None:
         call(mx.broadcast_to(question, (batch, question.shape[1])), cache=caches)
         positions, evictable = [c.held.positions() for c in bounded], [c.evictable() for c in bounded]
         now = bounded[0].held.written
-        memories = bounded[0].scorer.combined([c.heard for c in bounded], positions, evictable, now)
+        memories = question_of(bounded[0].scorer).combined(
+            [c.heard for c in bounded if c.heard is not None], positions, evictable, now
+        )
         for cache, memory in zip(bounded, memories, strict=True):
-            cache.held.remember(memory)
+            cache.hear(memory)
         mx.eval([c.state for c in bounded])
     finally:
         _set_probing(bounded, False)

@@ -69,6 +69,14 @@ POLICIES = {
             gates="retention",
         ),
         Policy(
+            "retention_probe",
+            scorers.RetentionProbe(),
+            "retention gates, but a part of the slots is what a question attends to; needs a question",
+            window=32,
+            allocator="global",
+            gates="retention",
+        ),
+        Policy(
             "spkv",
             scorers.SPKV(),
             "what a learned gate finds worth writing (SP-KV); holds more of text that needs more, within the budget",

@@ -2,7 +2,7 @@
 
 from mlx_kvprune.scorers.base import Held, Scorer, Seen
 from mlx_kvprune.scorers.expected_attention import ExpectedAttention
-from mlx_kvprune.scorers.gated import DMS, SPKV, FastKVzip, KVzap, Retention
+from mlx_kvprune.scorers.gated import DMS, SPKV, FastKVzip, KVzap, Retention, RetentionProbe
 from mlx_kvprune.scorers.h2o import H2O
 from mlx_kvprune.scorers.keydiff import KeyDiff
 from mlx_kvprune.scorers.knorm import KNorm
@@ -28,6 +28,7 @@ __all__ = [
     "Probe",
     "Random",
     "Retention",
+    "RetentionProbe",
     "Scorer",
     "Seen",
     "SnapKV",

@@ -11,6 +11,7 @@ import mlx.core as mx
 from mlx_kvprune.numerics import softmax
 
 State = dict[str, mx.array]
+HEARD = "heard"  # of a layer's state: what a question attended to of each slot (B, H_kv, S), while slots are chosen
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 
 from mlx_kvprune.numerics import log_sigmoid
-from mlx_kvprune.scorers.base import Held, Scorer, State, require
+from mlx_kvprune.scorers.base import HEARD, Held, Scorer, State, require
+from mlx_kvprune.scorers.probe import Probe
+
+FIRST = 1.0  # decay scores are negative: above all of them
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,44 @@ class Retention(Scorer):
         assert held.memory is not None
         age = (held.now + 1 - held.positions).astype(mx.float32)
         return age * held.memory
+
+
+@dataclass(frozen=True)
+class RetentionProbe(Retention):
+    """``Retention``, but what a known question attends to comes first: a head's ``share`` of slots go by the ``Probe``'s score.
+
+    The probe gives a token one score for all heads, the gates tell what each head needs whatever is asked. Their units
+    cannot be added, so the question has a part of the slots to itself, whose order is the probe's; the rest are ranked by
+    decay as always, and compete for the budget. Slots are counted, not the tokens of the text.
+
+    Attributes:
+        share: of the slots that a head holds, up to which the question decides, 0 to 1.
+        span: width of the probe's pooling, odd.
+    """
+
+    share: float = 0.5
+    span: int = 17
+
+    needs = frozenset({"hidden", "attention", "question"})
+
+    def check(self) -> None:
+        good = isinstance(self.share, int | float) and not isinstance(self.share, bool) and 0 <= self.share <= 1
+        require("share", self.share, good, "0.5")
+        self.probe.check()
+
+    @property
+    def probe(self) -> Probe:
+        return Probe(self.span)
+
+    def score(self, held: Held, state: State) -> mx.array:
+        kept = super().score(held, state)
+        if HEARD not in state or not self.share:
+            return kept
+        asked = self.probe.score(replace(held, memory=mx.where(held.live, state[HEARD], 0.0)), {})
+        asked = mx.where(held.live, asked, 0.0)
+        place = mx.argsort(mx.argsort(-asked, axis=-1), axis=-1)  # 0 for the highest
+        first = place < self.share * held.live.sum(axis=-1, keepdims=True)
+        return mx.where(first & (asked > 0), FIRST + asked, kept)
 
 
 @dataclass(frozen=True)
