@@ -22,7 +22,9 @@ MODELS = ("llama", "gemma3_text")
 LENGTH, SHORT, DECODED, WORDS = 700, 230, 40, 1024
 ROOMY, BYTES = 2000, "220KB"
 STEPS = {"smallest": (7, 64, 500), 150: (64, 500), 300: (500,), BYTES: (7, 500)}  # against 2,048, all in one call
-SETTINGS = {"probe": {"question": (3, 77, 12, 9, 100)}, **LIKE_OTHERS}  # as they are made for: tests/gates
+QUESTION = {"question": (3, 77, 12, 9, 100)}
+LIKE_RETENTION = {"retention_probe": {**LIKE_OTHERS["retention"], **QUESTION}}
+SETTINGS = {"probe": QUESTION, **LIKE_OTHERS, **LIKE_RETENTION}  # as they are made for: tests/gates
 BOUNDED = tuple(name for name in POLICIES if name != "full")
 
 

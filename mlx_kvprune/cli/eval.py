@@ -73,6 +73,23 @@ Equal = Annotated[
         help="What all conditions of a budget have in common: bytes or slots. Default: bytes for fractions, else slots.",
     ),
 ]
+Gates = Annotated[
+    str,
+    _option(
+        "--gates",
+        metavar="PLACES",
+        help="Learned gates, for policies that ask some: files, folders or hub repos, comma-separated. Default: those that "
+        "come along.",
+    ),
+]
+Local = Annotated[
+    str,
+    _option(
+        "--local-layers",
+        metavar="LAYERS",
+        help="Of the policies, not of the controls: layers that hold sinks and the newest tokens alone (0,4-6; auto).",
+    ),
+]
 Tasks = Annotated[
     str | None, _option("--tasks", metavar="NAMES", help=f"Comma-separated; see below. {_default('tasks')}")
 ]
@@ -130,6 +147,8 @@ def eval_(
     allocators: Allocators = None,
     kv_bits: Bits = None,
     equal: Equal = None,
+    gates: Gates = "",
+    local_layers: Local = "",
     tasks: Tasks = None,
     data: Data = None,
     tokens: Tokens = None,
@@ -153,7 +172,7 @@ def eval_(
 
     given = {"policies": policies, "budgets": budgets, "allocators": allocators, "kv_bits": kv_bits, "equal": equal}
     given |= {"tasks": tasks, "tokens": tokens, "haystack": haystack, "trials": trials, "texts": texts}
-    wanted = chosen("quick" if quick else grid, **given)
+    wanted = {**chosen("quick" if quick else grid, **given), "gates": gates, "local_layers": local_layers}
     some = known.named(split(wanted["tasks"]))
     job = prepare(model, wanted, data or [], seed)
     rows, notes = run_tasks(some, job, out)
@@ -201,7 +220,9 @@ def grid_of(wanted: dict[str, Any]) -> Grid:
     Raises:
         ValueError: bits, allocators or what is equal are not known.
     """
+    from mlx_kvprune.evals.conditions import expanded
     from mlx_kvprune.evals.job import EQUAL, Grid
+    from mlx_kvprune.policy import find
     from mlx_kvprune.settings import ALLOCATORS, BITS
 
     if wanted["equal"] not in EQUAL:
@@ -215,7 +236,11 @@ def grid_of(wanted: dict[str, Any]) -> Grid:
         )
     widths = tuple(None if x == "none" else int(x) for x in bits)
     policies, budgets = (tuple(split(wanted[name])) for name in ("policies", "budgets"))
-    return Grid(policies, budgets, tuple(allocators), widths, wanted["equal"])
+    gates = tuple(split(wanted["gates"]))
+    found = Grid(policies, budgets, tuple(allocators), widths, wanted["equal"], gates, wanted["local_layers"])
+    if found.gates and not any(find(name).gates for name in expanded(policies)):
+        raise ValueError(f"[gates] no policy that asks some; got {','.join(policies)}; try --policies retention")
+    return found
 
 
 def about(model: ModelOptions, documents: Sequence[Any]) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -9,6 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_kvprune.attach import gates_of, hooked, make_cache, settings_from
 from mlx_kvprune.forward import leaves
@@ -85,6 +87,8 @@ def grid(
     allocators: Iterable[str] = ("auto",),
     bits: Iterable[int | None] = (None,),
     length: int | None = None,
+    gates: Iterable[str] = (),
+    local_layers: str = "",
     **more: Any,
 ) -> list[Condition]:
     """``full`` once, then for every budget the controls and the ``policies``: all of them at equal slots.
@@ -97,22 +101,32 @@ def grid(
         budgets: as a user writes them; fractions (``1/4``) are of ``length``.
         bits: of stored keys and values; None for the model's own type.
         length: of the text, in tokens.
+        gates: where gates are, for the policies that ask some: one condition for each place.
+        local_layers: for the policies, not for the controls.
         more: further fields of ``CacheSettings``, for all of them.
 
     Raises:
         ValueError: an unknown policy, or no budget.
     """
-    named = [find(name).name for name in _expanded(policies)]
+    named = [find(name).name for name in expanded(policies)]
     bounded = [name for name in dict.fromkeys(named) if find(name).scorer is not None]
     parsed = list(dict.fromkeys(_sized(budget, length) for budget in budgets))
     if not parsed:
         raise ValueError("[budgets] none; got an empty list; try --budgets 256")
+    for_policies = {"local_layers": local_layers} if local_layers else {}
+    places = [{"gates": place} for place in gates] or [{}]
+
+    def own(name: str) -> list[dict[str, str]]:
+        local = {} if name in CONTROLS else for_policies
+        return [{**local, **place} for place in (places if find(name).gates else [{}])]
+
     wanted = [
-        Condition(name, budget, seed, _settings(name, allocator, width, more), share)
+        Condition(name, budget, seed, _settings(name, allocator, width, {**more, **mine}), share)
         for budget, share in parsed
         for width in bits
         for allocator, names in _by_allocator(bounded, allocators)
         for name in names
+        for mine in own(name)
     ]
     return list(dict.fromkeys([FULL, *wanted]))
 
@@ -155,7 +169,8 @@ def fraction(budget: int | str | Budget) -> Fraction | None:
     return share
 
 
-def _expanded(policies: Iterable[str]) -> list[str]:
+def expanded(policies: Iterable[str]) -> list[str]:
+    """Names of policies, where ``all`` stands for all of them."""
     names = [name.strip() for name in policies if name.strip()]
     return list(POLICIES) if "all" in names else names
 
@@ -185,14 +200,25 @@ def with_gates(model: nn.Module, conditions: Iterable[Condition]) -> tuple[list[
     """The conditions whose gates, if they need any, this model has; one note for each policy whose gates it lacks."""
     kept, missing = [], {}
     for condition in conditions:
+        asked = condition.policy, dict(condition.more).get("gates", "")
         try:
-            if condition.policy not in missing:
+            if asked not in missing:
                 gate_bytes(model, condition)
         except ValueError as error:
-            missing[condition.policy] = f"{condition.policy} skipped: {error}"
-        if condition.policy not in missing:
+            missing[asked] = f"{condition.policy} skipped: {error}"
+        if asked not in missing:
             kept.append(condition)
     return kept, list(missing.values())
+
+
+def gate_id(model: nn.Module, condition: Condition) -> str:
+    """Tells the gates that a condition asks from others that may lie in the same file later; empty if it asks none."""
+    if not find(condition.policy).gates:
+        return ""
+    hooked(model)
+    gates = gates_of(model, settings_from(policy=condition.policy, gates=dict(condition.more).get("gates", "")))
+    known = [np.array(x.astype(mx.float32)).tobytes() for _, x in sorted(gates.arrays().items())]
+    return hashlib.sha256(b"".join(known)).hexdigest()[:12]
 
 
 def gate_bytes(model: nn.Module, condition: Condition) -> int:

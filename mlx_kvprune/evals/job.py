@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_kvprune.evals.conditions import Condition, gate_bytes, grid, possible, with_gates, without_question
+from mlx_kvprune.evals.conditions import Condition, gate_bytes, gate_id, grid, possible, with_gates, without_question
 from mlx_kvprune.evals.equal import levelled
 from mlx_kvprune.evals.store import Store, Unit
 from mlx_kvprune.evals.texts import Document
@@ -26,6 +26,8 @@ class Grid:
         allocators: for each policy; ``auto`` is its own.
         bits: of stored keys and values, for each policy and control.
         equal: ``bytes``: all hold what ``window`` holds at that budget; ``slots``; ``auto``: bytes for fractions.
+        gates: where learned gates are, if not with the model; they are compared if there are several.
+        local_layers: of the policies, not of the controls.
         more: further settings of the caches.
     """
 
@@ -34,11 +36,14 @@ class Grid:
     allocators: tuple[str, ...] = ("auto",)
     bits: tuple[int | None, ...] = (None,)
     equal: str = "auto"
+    gates: tuple[str, ...] = ()
+    local_layers: str = ""
     more: tuple[tuple[str, Any], ...] = ()
 
     def conditions(self, length: int, seed: int) -> list[Condition]:
         """All of them, for texts of ``length`` tokens, at equal slots."""
-        known = {"allocators": self.allocators, "bits": self.bits, "length": length}
+        known: dict[str, Any] = {"allocators": self.allocators, "bits": self.bits, "length": length}
+        known |= {"gates": self.gates, "local_layers": self.local_layers}
         return grid(self.policies, self.budgets, seed, **known, **dict(self.more))
 
     def by_bytes(self, condition: Condition) -> bool:
@@ -74,6 +79,7 @@ class Job:
     seed: int = 0
     about: dict[str, Any] = field(default_factory=dict)
     _found: dict[int, tuple[list[Condition], list[str]]] = field(default_factory=dict, compare=False, repr=False)
+    _gates: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def plain(self) -> list[str]:
@@ -85,6 +91,13 @@ class Job:
         if length not in self._found:
             self._found[length] = self._settled(self.grid.conditions(length, self.seed))
         return self._found[length]
+
+    def gates_of(self, condition: Condition) -> dict[str, str]:
+        """What tells apart the gates that a condition asks, if it asks some: stored results of others do not count."""
+        asked = condition.policy + dict(condition.more).get("gates", "")
+        if asked not in self._gates:
+            self._gates[asked] = gate_id(self.model, condition)
+        return {"gate_id": found} if (found := self._gates[asked]) else {}
 
     def _settled(self, wanted: list[Condition]) -> tuple[list[Condition], list[str]]:
         wanted, ungated = with_gates(self.model, wanted)
@@ -152,7 +165,8 @@ class Task:
     def unit(self, job: Job, number: int, n: int, condition: Condition, result: Any = None) -> Unit:
         """A unit of this task."""
         setup = {**job.about, "tokens": self.length(job), "seed": job.seed, **({} if self.alone else {"of": n})}
-        return {"task": self.name, "item": number, **condition.describe(), "setup": setup, "result": result}
+        named = {**condition.describe(), **job.gates_of(condition)}
+        return {"task": self.name, "item": number, **named, "setup": setup, "result": result}
 
 
 @dataclass(frozen=True)

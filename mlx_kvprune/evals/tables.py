@@ -8,6 +8,7 @@ from typing import Any
 
 Row = dict[str, Any]
 Cells = dict[str, str]
+NAMED = ("policy", "allocator", "budget", "share", "kv_bits", "seed", "gates", "gate_id", "local_layers")
 CAPACITY, DILUTION = "capacity", "dilution"
 TITLES = {CAPACITY: "capacity-bound: many things held at once", DILUTION: "dilution-bound: one thing among much else"}
 
@@ -92,7 +93,7 @@ def full_rate(row: Row, rows: Sequence[Row]) -> str:
 
 
 def _name(row: Row) -> tuple:
-    return tuple(row.get(name) for name in ("policy", "allocator", "budget", "share", "kv_bits", "seed"))
+    return tuple(row.get(name) for name in NAMED)
 
 
 def condition(row: Row, rows: Sequence[Row]) -> Cells:
@@ -102,6 +103,9 @@ def condition(row: Row, rows: Sequence[Row]) -> Cells:
         values = {str(x.get(name)) for x in rows if x["policy"] != "full"}
         if len(values) > 1 or (name == "share" and values - {"None"}):
             cells[label] = "-" if row["policy"] == "full" else str(row.get(name) or "-")
+    for name, label in (("gates", "gates"), ("local_layers", "local layers")):
+        if len({x[name] for x in rows if x.get(name)}) > (name == "gates"):  # one place of gates is everybody's
+            cells[label] = str(row.get(name) or "-")
     return {**cells, "budget": row["budget"]}
 
 

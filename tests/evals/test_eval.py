@@ -186,3 +186,8 @@ def test_smollm2_smoke():
     assert 0 < by["regret", "window", None]["regret"] < 0.5
     assert by["regret", "full", None]["regret"] == 0.0
     detach(job.model)
+
+
+def test_gates_for_nobody_are_refused_before_the_model_is_loaded(run, tmp_path):
+    done = run("--policies", "snapkv", "--gates", str(tmp_path), "--budgets", "224")
+    assert done.exit_code and "[gates] no policy that asks some; got snapkv; try" in str(done.exception)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,13 +12,17 @@ from tiny_models import VOCAB, tiny_model
 
 from mlx_kvprune import detach
 from mlx_kvprune.attach import attachment_of
+from mlx_kvprune.evals import tables
 from mlx_kvprune.evals.conditions import Condition, feed, gate_bytes, grid, held, possible
 from mlx_kvprune.evals.equal import levelled, planned_nbytes
 from mlx_kvprune.evals.job import Grid, Job
 from mlx_kvprune.evals.store import key
+from mlx_kvprune.evals.tasks import TASKS
+from mlx_kvprune.gates.files import Card, save
 from mlx_kvprune.policy import POLICIES
 from mlx_kvprune.settings import Budget
 
+ASK = {name for name, policy in POLICIES.items() if policy.gates}
 TEXT = np.random.default_rng(0).integers(0, VOCAB, 700).tolist()
 
 
@@ -59,17 +64,17 @@ def test_rows_that_were_stored_before_are_found_again(allocator):
 def test_who_lacks_gates_is_left_out_by_one_note(model):
     """``--policies all``: the others run; with several budgets it is still one note for each policy."""
     found, notes = possible(model, grid(["all"], [300, 400]))
-    assert {c.policy for c in found} == set(POLICIES) - set(GATED)
-    assert sorted(note.split()[0] for note in notes) == sorted(GATED)
+    assert {c.policy for c in found} == set(POLICIES) - ASK
+    assert sorted(note.split()[0] for note in notes) == sorted(ASK)
     assert all("[gates] policy" in note and "\n" not in note for note in notes)
     job = Job(model, None, [], Grid(("all",), ("1/2", "1/3", "300")))
     found, notes = job.conditions(700)
-    assert {c.policy for c in found} == set(POLICIES) - set(GATED)
-    assert sorted(note.split()[0] for note in notes) == sorted(GATED)
+    assert {c.policy for c in found} == set(POLICIES) - ASK
+    assert sorted(note.split()[0] for note in notes) == sorted(ASK)
     given_gates(model, ["retention"])
     found, notes = possible(model, grid(["all"], [300]))
-    assert {c.policy for c in found} == set(POLICIES) - set(GATED) | {"retention"}
-    assert len(notes) == len(GATED) - 1
+    assert {c.policy for c in found} == set(POLICIES) - ASK | {"retention", "retention_probe"}
+    assert len(notes) == len(ASK) - 2
 
 
 @pytest.mark.parametrize("policy", GATED)
@@ -87,3 +92,46 @@ def test_levelled_by_what_is_held_not_by_the_gates(model, policy):
     gates = attachment_of(model).gates[policy, ""]
     assert gate_bytes(model, condition) == gates.nbytes == sum(x.nbytes for x in gates.arrays().values()) > 0
     assert gate_bytes(model, Condition("window")) == 0
+
+
+def saved(model, place, seed: int):
+    """A file of random gates, and what ``--gates`` calls it."""
+    given_gates(model, ["retention"], seed=seed)
+    gates = attachment_of(model).gates["retention", ""]
+    return str(save(place / f"gates-{seed}", gates, model, Card("retention")))
+
+
+def test_several_places_of_gates_are_compared_and_told_apart(model, tmp_path):
+    """Each a condition of its own for those who ask gates; what lies there later is another piece of work."""
+    one, other = saved(model, tmp_path, 1), saved(model, tmp_path, 2)
+    detach(model)
+    job = Job(model, None, [], Grid(("knorm", "retention"), ("300",), gates=(one, other)))
+    found, notes = job.conditions(700)
+    assert [(c.policy, dict(c.more).get("gates")) for c in found[3:]] == [
+        ("knorm", None),
+        ("retention", one),
+        ("retention", other),
+    ]
+    assert not notes
+    task = TASKS["fidelity"]
+    units = [task.unit(job, 0, 1, c) for c in found]
+    assert ["gate_id" in unit for unit in units] == [False] * 4 + [True] * 2
+    assert units[-1]["gate_id"] != units[-2]["gate_id"]
+    detach(model)
+    Path(one).write_bytes(Path(other).read_bytes())
+    again = Job(model, None, [], job.grid)
+    assert task.unit(again, 0, 1, found[-2])["gate_id"] == units[-1]["gate_id"]
+    missing = Grid(("retention",), ("300",), gates=(str(tmp_path / "none"), other))
+    found, notes = Job(model, None, [], missing).conditions(700)
+    assert [dict(c.more).get("gates") for c in found] == [None, None, None, other]
+    assert len(notes) == 1 and "no such file or repository" in notes[0]
+
+
+def test_local_layers_are_for_the_policies_alone(model):
+    given_gates(model, ["retention"])
+    conditions = Grid(("knorm", "retention"), ("300",), local_layers="0").conditions(700, 0)
+    assert [dict(c.more).get("local_layers") for c in conditions] == [None, None, None, "0", "0"]
+    found, notes = possible(model, Grid(("knorm", "retention"), ("300",), local_layers="auto").conditions(700, 0))
+    assert {c.policy for c in found} == {"full", "window", "random"} and len(notes) == 2
+    rows = [{**c.describe(), "policy": c.policy, "budget": "300"} for c in conditions]
+    assert [tables.condition(row, rows).get("local layers") for row in rows] == ["-", "-", "-", "0", "0"]

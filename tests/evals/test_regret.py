@@ -118,7 +118,7 @@ def test_a_row_is_the_sum_of_its_parts(model):
         assert row["by_layer"][row["worst_layer"]] == max(row["by_layer"])
 
 
-@pytest.mark.parametrize("policy", sorted(set(POLICIES) - {"full", "probe"}))
+@pytest.mark.parametrize("policy", sorted(set(POLICIES) - {"full", "probe", "retention_probe"}))
 def test_every_policy_gives_a_table_of_evictions(model, policy):
     more = tuple(LIKE_OTHERS.get(policy, {}).items())
     lost = regret.evictions(model, TEXT[:300], Condition(policy, Budget(BUDGET), more=more).caches(model))
