@@ -98,7 +98,8 @@ def dialogue(folder: Path) -> str:
 
 
 def mathematics(folder: Path) -> str:
-    rows = [json.loads(line) for line in gzip.open(only(folder, "math500.jsonl.gz"), "rt")]
+    lines = gzip.decompress(only(folder, "math500.jsonl.gz").read_bytes()).decode().strip().split("\n")
+    rows = [json.loads(line) for line in lines]
     return "\n\n".join(f"Problem: {row['problem']}\n\nSolution: {row['solution']}" for row in rows)
 
 
