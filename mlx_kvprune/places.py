@@ -1,5 +1,11 @@
-"""Where the folders lie that travel with the package: ``metal/`` and ``models/``."""
+"""Where the folders lie that travel with the package, ``metal/`` and ``models/``; and files that are whole or not there."""
 
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -7,3 +13,14 @@ def shipped(name: str) -> Path:
     """A folder of the repository: beside the package in a checkout, inside it in an installed wheel."""
     inside = Path(__file__).parent / f"_{name}"
     return inside if inside.is_dir() else Path(__file__).parents[1] / name
+
+
+@contextmanager
+def beside(path: Path) -> Iterator[Path]:
+    """A path to write to in the same folder, with the same suffix; it takes the place of ``path`` if the block ends well."""
+    work = path.with_name(f".{path.stem[:100]}.{secrets.token_hex(4)}{path.suffix}")
+    try:
+        yield work
+        os.replace(work, path)
+    finally:
+        work.unlink(missing_ok=True)

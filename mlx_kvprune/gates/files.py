@@ -7,7 +7,6 @@ file serves every precision of a model, and no other model. The card is JSON in 
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_kvprune.gates.modules import Gates, GateShape
-from mlx_kvprune.places import shipped
+from mlx_kvprune.places import beside, shipped
 from mlx_kvprune.settings import CacheSettings
 
 FORMAT = 1
@@ -93,12 +92,8 @@ def save(path: str | Path, gates: Gates, model: nn.Module, card: Card) -> Path:
     arrays |= {OF_MODEL + name: x.astype(mx.bfloat16) for name, x in fingerprint(model).items()}
     meta = {"format": str(FORMAT), "shape": json.dumps(asdict(gates.shape)), "card": json.dumps(asdict(card))}
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.name}.{os.getpid()}{SUFFIX}")
-    try:
-        mx.save_safetensors(str(beside), arrays, {"kvprune_gates": json.dumps(meta)})
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with beside(path) as work:
+        mx.save_safetensors(str(work), arrays, {"kvprune_gates": json.dumps(meta)})
     return path
 
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 import string
-import tempfile
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from mlx_kvprune.places import beside
 from mlx_kvprune.report.trace import Trace
 
 SCRIPTS = ("theme.js", "inflate.js", "data.js", "draw.js", "text.js", "maps.js", "charts.js", "card.js", "main.js")
@@ -56,21 +55,8 @@ def page(text: Text, model: str, traces: Sequence[Trace]) -> str:
 
 def write(path: Path, html: str) -> None:
     """Write the page beside its place and rename it there."""
-    handle, work = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name[:100]}.", suffix=".part")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(html)
-        os.chmod(work, 0o666 & ~_umask())  # mkstemp's files are the owner's alone
-        os.replace(work, path)
-    except BaseException:
-        Path(work).unlink(missing_ok=True)
-        raise
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    with beside(path) as work:
+        work.write_text(html, encoding="utf-8", newline="\n")
 
 
 def unpacked(block: dict[str, Any]) -> np.ndarray:

@@ -11,6 +11,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from mlx_kvprune.places import beside
+
 KEY = "kvprune_training"
 VERSION = "1"
 
@@ -44,12 +46,8 @@ def place(out: Path) -> Path:
 def save(path: Path, arrays: dict[str, mx.array], plan: dict[str, Any], progress: Progress) -> None:
     """Write a checkpoint."""
     meta = {"version": VERSION, "plan": plan, "progress": vars(progress)}
-    beside = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        write(lambda: mx.save_safetensors(str(beside), arrays, {KEY: json.dumps(meta)}), path)
-        os.replace(beside, path)
-    finally:
-        beside.unlink(missing_ok=True)
+    with beside(path) as work:
+        write(lambda: mx.save_safetensors(str(work), arrays, {KEY: json.dumps(meta)}), path)
 
 
 def write(action: Callable[[], Any], path: Path) -> Any:

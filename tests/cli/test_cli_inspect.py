@@ -49,7 +49,7 @@ def test_the_page_and_what_is_said_of_it(tiny, fable, tmp_path):
     assert kept["policy"] == "snapkv"
     rows, tokens = unpacked(kept["arrays"]["gone"]).shape
     assert (rows, tokens) == (4, len(data["pieces"]))
-    assert [p.name for p in tmp_path.iterdir() if p.suffix == ".part"] == []
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
 
 
 def test_policies_side_by_side_in_json(tiny, fable, tmp_path):
