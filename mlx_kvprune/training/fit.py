@@ -169,8 +169,8 @@ class _Training:
 
     def _text(self, n: int) -> Reading:
         tokens = self.texts.excerpt(n, self.plan.length)
-        window, twice = self.plan.recipe.window, self.plan.how.twice
-        return read(self.model, tokens, window, twice=twice, grams=self.grams)
+        more: dict[str, Any] = {"twice": self.plan.how.twice, "outputs": DISTILL in self.plan.stages}
+        return read(self.model, tokens, self.plan.recipe.window, grams=self.grams, **more)
 
     def _read_held(self) -> list[Reading]:
         found = []

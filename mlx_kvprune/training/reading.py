@@ -50,7 +50,7 @@ class Reading:
     Attributes:
         tokens: ``(T,)``.
         layers: of the bounded layers, in order.
-        top: of each prediction, the largest log-probabilities ``(T, TOP)`` float32.
+        top: of each prediction, the largest log-probabilities ``(T, TOP)`` float32; empty if they were not wanted.
         top_ids: and which tokens they are ``(T, TOP)`` int32.
         others: states of the model's other caches at the start of each segment.
     """
@@ -200,6 +200,7 @@ def read(
     segment: int = SEGMENT,
     twice: bool = False,
     grams: Sequence[mx.array] | None = None,
+    outputs: bool = True,
     tick: Callable[[int], None] | None = None,
 ) -> Reading:
     """Read a text with the full cache, a segment at a time.
@@ -210,6 +211,8 @@ def read(
         window: the newest tokens, which are never evicted.
         twice: read the text again after itself, and count only what that second reading attends to.
         grams: of every bounded layer (see ``projections``), to have norms in ``peak``.
+        outputs: keep the teacher's likeliest tokens; without them no logits are computed, which saves time,
+            most where the vocabulary is large.
         tick: is told how many tokens were read.
     """
     check_readable(model)
@@ -222,15 +225,18 @@ def read(
     for start in range(0, len(tokens), segment):
         others.append([tree_map(_copied, c.state) if not c.empty() else None for c in theirs])
         logits: Any = model(ids[None, start : start + segment], cache=caches)
-        top, pick = most_likely(logits[0])
-        mx.eval(top, pick, [c.arrays for c in mine], [c.state for c in theirs])
-        tops.append(top)
-        picks.append(pick)
+        if outputs:
+            top, pick = most_likely(logits[0])
+            mx.eval(top, pick)
+            tops.append(top)
+            picks.append(pick)
+        mx.eval([c.arrays for c in mine], [c.state for c in theirs])
         if tick:
-            tick(pick.shape[0])
+            tick(logits.shape[1])
     layers = [c.taken(length) for c in mine]
     mx.eval([list(vars(layer).values()) for layer in layers])
-    top, pick = mx.concatenate(tops)[:length], mx.concatenate(picks)[:length]
+    joined = lambda parts: mx.concatenate(parts)[:length] if parts else mx.zeros((0,))
+    top, pick = joined(tops), joined(picks)
     return Reading(np.array(tokens[:length]), layers, top, pick, others[: -(-length // segment)])
 
 

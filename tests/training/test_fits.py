@@ -121,6 +121,14 @@ def test_peak_is_what_the_second_reading_attends_to_most(model, segment):
     np.testing.assert_allclose(np.array(layer.peak), effect.max(axis=1).reshape(2, 2, 96).max(axis=1), rtol=1e-2)
 
 
+def test_without_outputs_everything_else_is_the_same(model):
+    whole, part = (read(model, text(3), 16, outputs=wanted) for wanted in (True, False))
+    for one, other in zip(whole.layers, part.layers, strict=True):
+        for name, x in vars(one).items():
+            np.testing.assert_allclose(np.array(x), np.array(vars(other)[name]), atol=1e-6, err_msg=name)
+    assert whole.top.shape == (512, 64) and part.top.size == part.top_ids.size == 0
+
+
 def test_gram_reads_quantized_projections_and_gives_up_on_unknown_names(model):
     class Attention(nn.Module):
         def __init__(self, name: str, linear: nn.Module):
