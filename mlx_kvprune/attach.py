@@ -376,10 +376,11 @@ def _check_policy(rung: Rung, policy: Policy, settings: CacheSettings) -> None:
             f"[threshold] policy {policy.name!r} drops tokens of some heads only, which this model cannot take; got "
             f"{rung.reason}; try --policy-option threshold=null with --allocator uniform"
         )
-    if rung.name == "uniform" and settings.ragged:
+    if rung.name == "uniform" and settings.allocator != "uniform":
+        who = "heads" if settings.ragged else "layers"  # whose masks are one array, made for the first layer
         raise ValueError(
-            f"[allocator] {settings.allocator} lets heads hold differently many slots, which this model cannot take; got "
-            f"{rung.reason}; try --allocator uniform or pyramid"
+            f"[allocator] {settings.allocator} lets {who} hold differently many slots, which this model cannot take; got "
+            f"{rung.reason}; try --allocator uniform"
         )
     if rung.name == "uniform" and settings.local_layers:
         raise ValueError(

@@ -148,6 +148,17 @@ def test_the_ladder_is_printed(capsys):
     kvp.detach(model)
 
 
+@pytest.mark.parametrize(("allocator", "who"), [("pyramid", "layers"), ("head_adaptive", "heads"), ("global", "heads")])
+def test_shares_that_differ_are_refused_on_the_uniform_rung(allocator, who):
+    """One mask of dense arrays serves all layers."""
+    model = zoo.tiny_model("deepseek_v3")
+    with pytest.raises(
+        ValueError, match=rf"\[allocator\] {allocator} lets {who} hold differently many.*; try --allocator u"
+    ):
+        kvp.make_cache(model, "window", 200, allocator=allocator)
+    kvp.detach(model)
+
+
 def test_policies_that_need_queries_are_refused_on_the_uniform_rung():
     model = zoo.tiny_model("gemma2")
     with pytest.raises(ValueError, match="needs the queries"):
