@@ -70,6 +70,8 @@ def check_early(plan: Plan, out: Path, restart: bool) -> None:
     checkpoint.check_out(out, restart)
     for paths in (plan.data, plan.held_out):
         Texts.of(None, paths)
+    if plan.start:
+        gate_files.located(plan.start, plan.method)
     partial = checkpoint.place(out)
     if partial.exists() and not restart:
         checkpoint.load(partial, plan.identity())

@@ -184,7 +184,29 @@ def test_curves_are_drawn(tiny, book, tmp_path, capsys):
     assert sum("held-out KL" in line for line in stderr.splitlines()) == 4  # a line for each look, and no bar
 
 
+def test_going_on_from_gates_on_other_texts(tiny, book, tmp_path, capsys):
+    first, then = tmp_path / "first.safetensors", tmp_path / "then.safetensors"
+    assert call(capsys, *arguments(tiny, book, first, "--stage", "utility", "--hidden", "8"))[0] == 0
+    words = ["--stage", "distill", "--start", str(first), "--recall", "1", "--steps", "2", "--check", "1"]
+    code, _, stderr = call(capsys, *arguments(tiny, book, then, *words))
+    assert code == 0, stderr
+    card = files.read_card(then)
+    assert card.stage == "distill" and card.settings["start"] == "first.safetensors" and card.settings["recall"] == 1.0
+    assert card.data == ("book.jsonl.gz (CC0)", "invented facts woven into them, generated")
+    one, other = (files.load(path)[0].arrays() for path in (first, then))
+    far = [float(mx.abs(one[name] - other[name]).max() / mx.abs(one[name]).max()) for name in one]
+    assert 0 < max(far) < 0.1, "two steps do not lead far"
+    code, _, stderr = call(capsys, *arguments(tiny, book, tmp_path / "x", *words, "--form", "mlp"))
+    assert code == 2 and re.search(r"\[start\] gates of another form; got shared; try --form shared", stderr)
+
+
 BAD = [
+    (
+        "--start g.safetensors",
+        r"\[start\] .* take the place of the first stage; got --stage utility\+distill; try --stage d",
+    ),
+    ("--start nosuch.safetensors --stage distill", r"\[gates\] no such file or repository; got 'nosuch.safetensors'"),
+    ("--recall 2", r"\[recall\] must be a share from 0 to 1; got 2; try 0.5"),
     ("--method gated", r"\[method\] not known; got 'gated'; try"),
     ("--method kvza", r"\[method\] not known; got 'kvza'; try kvzap"),
     ("--method kvzap --stage distill", r"\[stage\] kvzap has no such stage; got 'distill'; try one of: utility"),
