@@ -35,7 +35,7 @@ class Store:
 
     def __init__(self, path: Path | None, about: Row, run: Row | None = None) -> None:
         self.path, self.about, self._run = path, {name: about.get(name) for name in SAME}, run
-        self.rows = [row for row in _read(path) if self._is_mine(row)]
+        self.rows = [row for row in read(path) if self._is_mine(row)]
         self.kept, self._keys = len(self.rows), {key_of(row) for row in self.rows}
 
     def has(self, key: Key) -> bool:
@@ -55,7 +55,8 @@ class Store:
         return row.get("kind") in SIZE and all(row.get(name) == value for name, value in self.about.items())
 
 
-def _read(path: Path | None) -> list[Row]:
+def read(path: Path | None) -> list[Row]:
+    """The rows of a file; none if there is no such file, and without a last line that was cut off."""
     if path is None or not path.exists():
         return []
     try:

@@ -141,14 +141,15 @@ def about_run(name: str, model: Any, budget: str, amount: Amount) -> Fields:
 
 
 def machine_row(ceiling: Fields) -> Fields:
-    """Machine, versions and time, for the file."""
+    """Command, machine, versions and time, for the file."""
     from mlx_kvprune.cli import machine
+    from mlx_kvprune.evals.origin import command
 
     told = machine.about()
     kept = {name: told[name] for name in ("system", "architecture", "chip", "cores", "memory_bytes")}
     now = datetime.now(UTC).isoformat(timespec="seconds")
     more = {"blas": machine.blas_name(), "environment": machine.settings(), "copy_gb_s": ceiling["copy_gb_s"]}
-    return {"date": now, "machine": kept, "versions": machine.versions(), **more}
+    return {"command": command(), "date": now, "machine": kept, "versions": machine.versions(), **more}
 
 
 # -- measuring -------------------------------------------------------------------------------------------------------

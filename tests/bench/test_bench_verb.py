@@ -13,6 +13,7 @@ import tiny_models as zoo
 
 import mlx_kvprune as kvp
 from mlx_kvprune.bench import bandwidth, candidates, ceiling, llama, plot, reading, rows, tables
+from mlx_kvprune.bench import stored as stored_page
 from mlx_kvprune.bench.variants import parsed, text_of_length
 from mlx_kvprune.cli import bench_run
 from mlx_kvprune.cli import main as cli
@@ -302,6 +303,21 @@ def test_a_file_of_something_else_is_left_alone(run, tmp_path):
     letter.write_text("Dear Ada")
     code, _, stderr = run("--out", str(letter))
     assert code == 2 and "[out] not a file of rows; got line 1" in stderr and letter.read_text() == "Dear Ada"
+
+
+def test_stored_runs_become_a_page(run, tmp_path, monkeypatch, capsys):
+    """Every table under the command, the machine and the versions; figures as the verb shows them."""
+    out, other = tmp_path / "rows.jsonl", tmp_path / "other.jsonl"
+    _, shown, _ = run("--stock", "full", "--policies", "knorm", "--out", str(out), "--markdown")
+    text = stored_page.page([out])
+    assert text.count("### ") == 1 and "10.0 (9.0 to 11.0) GB/s" in text and "mlx-lm" in text
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    assert len(lines) == 3 * 2 + 3 * 4 and set(lines) <= set(shown.splitlines())
+    other.write_text("{}\n")
+    for path, message in ((other, "no rows of bench"), (tmp_path / "none", "no rows of bench")):
+        monkeypatch.setattr(sys, "argv", ["stored", str(path)])
+        with pytest.raises(SystemExit, match=message):
+            stored_page.main()
 
 
 def test_no_matplotlib(run, monkeypatch, tmp_path):
