@@ -100,6 +100,25 @@ Hidden = Annotated[
 Rate = Annotated[
     float | None, _option("--rate", panel=HOW, metavar="X", help="Highest rate of learning. Default: the form's.")
 ]
+BiasRate = Annotated[
+    float | None,
+    _option(
+        "--bias-rate",
+        panel=HOW,
+        metavar="X",
+        help="Of what a head gets beside the others, which distillation learns faster than the rest. Default: 0.01.",
+    ),
+]
+Heat = Annotated[
+    str | None,
+    _option(
+        "--heat",
+        panel=HOW,
+        metavar="FROM:TO",
+        help="Temperature of eviction while distilling, which falls: warmer says more of what is far from being kept. "
+        "Default: 0.4:0.15.",
+    ),
+]
 Target = Annotated[
     str | None,
     _option(
@@ -194,6 +213,8 @@ class HowOptions:
     form: Form = None
     hidden: Hidden = None
     rate: Rate = None
+    bias_rate: BiasRate = None
+    heat: Heat = None
     target: Target = None
     capacity: Capacity = None
     uniform: Uniform = None
@@ -245,10 +266,24 @@ def plan_of(model: ModelOptions, how: HowOptions, text: TextOptions) -> Plan:
     from mlx_kvprune.training.plan import Plan
 
     scope = None if how.uniform is None else "head" if how.uniform else "global"
-    given: Fields = {k: v for k, v in vars(how).items() if k not in ("uniform", "minutes")}
+    given: Fields = {k: v for k, v in vars(how).items() if k not in ("uniform", "minutes", "heat")}
+    given |= {"heat": None if how.heat is None else heat_of(how.heat)}
     given |= {"scope": scope, "texts": text.texts, "tokens": text.tokens, "fresh": text.fresh, "recall": text.recall}
     given |= {"data": _names(text.data), "held_out": _names(text.held_out), "memory": int(text.memory * 10**9)}
     return Plan(model=model.model + (f" ({model.dtype})" if model.dtype else ""), **given).checked()
+
+
+def heat_of(text: str) -> tuple[float, float]:
+    """Two temperatures.
+
+    Raises:
+        ValueError: something else.
+    """
+    try:
+        first, last = (float(x) for x in text.split(":"))
+    except ValueError:
+        raise ValueError(f"[heat] not two numbers; got {text!r}; try 0.4:0.15") from None
+    return first, last
 
 
 def _names(paths: list[Path] | None) -> tuple[str, ...]:

@@ -33,6 +33,8 @@ class Plan:
         form: of the gates.
         hidden: width of an MLP's hidden layer.
         rate: of learning at its highest.
+        bias_rate: that of biases, one a head, in distillation.
+        heat: temperatures of the first step and of the last, target ``budget``.
         target: ``budget`` or ``decay``, retention only.
         capacity: weight of what gates hold beyond their share.
         scope: ``global``, ``layer`` or ``head`` (see ``Bounds``).
@@ -58,6 +60,8 @@ class Plan:
     form: str | None = None
     hidden: int | None = None
     rate: float | None = None
+    bias_rate: float | None = None
+    heat: tuple[float, float] | None = None
     target: str | None = None
     capacity: float | None = None
     scope: str | None = None
@@ -114,10 +118,12 @@ class Plan:
             raise ValueError(f"[tokens] must be a multiple of {SEGMENT}, at least 512; got {self.tokens}; try {near}")
         if not 0 <= self.recall <= 1:
             raise ValueError(f"[recall] must be a share from 0 to 1; got {self.recall:g}; try 0.5")
-        for name in ("rate", "capacity"):
-            value = getattr(self, name)
+        for name in ("rate", "bias_rate", "capacity"):
+            value, flag = getattr(self, name), name.replace("_", "-")
             if value is not None and not 0 < value < 1e6:
-                raise ValueError(f"[{name}] must be above 0; got {value:g}; try it without --{name}")
+                raise ValueError(f"[{flag}] must be above 0; got {value:g}; try it without --{flag}")
+        if self.heat is not None and not 0 < self.heat[1] <= self.heat[0] < 1e3:
+            raise ValueError(f"[heat] must fall and stay above 0; got {self.heat[0]:g}:{self.heat[1]:g}; try 0.4:0.15")
 
     def _check_start(self, how: Method) -> None:
         if not self.start:
@@ -135,6 +141,8 @@ class Plan:
             "hidden": self.hidden if form not in ("mlp", "shared") else None,
             "steps": None if distils else self.steps,
             "target": None if distils else self.target,
+            "bias-rate": None if distils and not self.joint else self.bias_rate,
+            "heat": None if distils and (self.target or how.targets[0]) == "budget" else self.heat,
             "rate": self.rate if not distils and form == "linear" and how.twice else None,
             "capacity": None if distils and (self.target or how.targets[0]) != "budget" else self.capacity,
         }
@@ -182,7 +190,9 @@ class Plan:
             target=self.target or (how.targets or ("budget",))[0],
             steps=self.steps or STEPS,
             rate=self.rate or self._rate(),
-            bias_rate=0.0 if self.joint else Recipe.bias_rate,  # a model's own biases must not learn faster
+            bias_rate=0.0 if self.joint else self.bias_rate or Recipe.bias_rate,  # a model's own must not learn faster
+            warm=(self.heat or (Recipe.warm,))[0],
+            cold=(self.heat or (Recipe.cold,))[-1],
             capacity=1.0 if self.capacity is None else self.capacity,
             surprisal=how.surprisal,
             scope=self.scope or how.scope,
@@ -215,6 +225,7 @@ class Plan:
         found: dict[str, Any] = {"form": form, "texts": self.n_texts, "tokens": self.length, "seed": self.seed}
         if DISTILL in self.stages:
             found |= {"target": recipe.target, "steps": recipe.steps, "rate": recipe.rate, "capacity": recipe.capacity}
+            found |= {"bias_rate": recipe.bias_rate, "warm": recipe.warm, "cold": recipe.cold}
         found |= {"scope": recipe.scope, "window": recipe.window}
         found |= ({"recall": self.recall} if self.recall else {}) | (
             {"start": Path(self.start).name} if self.start else {}
