@@ -2,7 +2,7 @@
 
     python -m mlx_kvprune.evals.results docs/results/*.jsonl > docs/results.md
 
-Each file is what ``mlx-kvprune eval --out FILE`` wrote. A run that is not finished gives the rows that are there.
+(``bench.stored`` makes the section on speed.) Each file is what ``mlx-kvprune eval --out FILE`` wrote. A run that is not finished gives the rows that are there.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from mlx_kvprune.evals.store import Unit, parsed
 from mlx_kvprune.evals.tasks import TASKS
 
 Row = dict[str, Any]
-HEAD = """# Results: quality against the full cache
+HEAD = """# Results: quality against the full cache; speed and memory
 
-Made by `python -m mlx_kvprune.evals.results docs/results/*.jsonl > docs/results.md` from stored runs; each table has the
-command that measured it, the day, the machine and the versions.
+Made of stored runs by the command in [results/README.md](results/README.md); each table has the command that measured it, the
+day, the machine and the versions.
 
 - Budgets written as fractions are of the text; every condition then holds the **bytes** that `window` holds with as many
   slots: what a policy remembers beside its slots is paid for in slots, and at 4 bits more slots fit. `kv MB` is the most that
