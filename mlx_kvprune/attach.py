@@ -29,6 +29,7 @@ from mlx_kvprune.ladder import Rung, find_rung, why_unranked
 from mlx_kvprune.policy import Policy, find, policy_for
 from mlx_kvprune.rope import check_rankable, find_rope
 from mlx_kvprune.settings import Budget, CacheSettings
+from mlx_kvprune.vlm import check_call, decoder, of_mlx_vlm, plain_caches
 
 SMALL_PARAMETER = 8192  # numbers of a parameter that is small enough to be hashed
 SLOT = "_kvprune"  # the attribute of a model that holds its Attachment
@@ -71,7 +72,7 @@ def attach(
     """Make ``model.make_cache()`` give bounded caches, so that stock mlx-lm runs bounded.
 
     Args:
-        model: a model of mlx-lm, as ``mlx_lm.load`` returns it.
+        model: a model of mlx-lm, as ``mlx_lm.load`` returns it; or of mlx-vlm, whose decoder is meant.
         policy: a name from ``mlx-kvprune policies``.
         budget: the most that is held: tokens per KV head (``512``), or bytes of all bounded layers (``"64MB"``).
         quiet: do not print the ladder.
@@ -83,7 +84,7 @@ def attach(
     Raises:
         ValueError: unknown policy, budget too small, or a model that cannot be bounded.
     """
-    wanted = settings_from(policy=policy, budget=budget, **settings)
+    wanted, model = settings_from(policy=policy, budget=budget, **settings), decoder(model)
     attachment = hooked(model)
     try:
         slots_for(model, wanted)
@@ -103,6 +104,7 @@ def detach(model: nn.Module) -> None:
 
     Bounded caches that were made before are of no use to the model then.
     """
+    model = decoder(model)
     attachment = model.__dict__.pop(SLOT, None)
     if attachment is None:
         return
@@ -118,7 +120,7 @@ def make_cache(
     model: nn.Module, policy: str = "window", budget: int | str | Budget | None = 1024, **settings: Any
 ) -> list[Any]:
     """A list of caches for one conversation, whatever ``model.make_cache()`` gives; arguments as in ``attach``."""
-    wanted = settings_from(policy=policy, budget=budget, **settings)
+    wanted, model = settings_from(policy=policy, budget=budget, **settings), decoder(model)
     hooked(model)
     return make_from_settings(model, wanted)
 
@@ -186,6 +188,10 @@ def slots_for(model: nn.Module, settings: CacheSettings) -> list[int] | None:
         return None
     settings = with_local(model, settings)
     _check_policy(attachment.rung, policy, settings)
+    if of_mlx_vlm(model) and policy.scorer.needs & {"logits", "question"}:
+        raise ValueError(
+            f"[policy] {policy.name} reads tokens by their ids, which images have not; got a model of mlx-vlm; try snapkv"
+        )
     if policy.gates:
         gates_of(model, settings)
     if settings.positions == "cache" and (reason := cannot_rank(model)):
@@ -214,7 +220,7 @@ def with_local(model: nn.Module, settings: CacheSettings) -> CacheSettings:
 
 def attachment_of(model: nn.Module) -> Attachment | None:
     """What ``attach`` put into the model, or None."""
-    return model.__dict__.get(SLOT)
+    return decoder(model).__dict__.get(SLOT)
 
 
 # -- what is put in --------------------------------------------------------------------------------------------------
@@ -222,6 +228,7 @@ def attachment_of(model: nn.Module) -> Attachment | None:
 
 def hooked(model: nn.Module) -> Attachment:
     """Put the subclasses in and bind the names, once per model."""
+    model = decoder(model)
     if not isinstance(model, nn.Module) or not hasattr(model, "layers"):
         raise ValueError(f"[attach] not a model of mlx-lm; got {type(model).__name__}; try mlx_lm.load(path)[0]")
     if SLOT in model.__dict__:
@@ -260,6 +267,7 @@ def _stepwise(model_class: type) -> type:
             return model_class.__call__(self, *args, **kwargs)
         tell_ropes(self, bounded)
         named |= named.pop(extra, {}) if extra else {}
+        check_call(self, named, any(c.in_steps for c in bounded))
         inputs = named.pop(tokens)
         named.pop(next(iter(signature.parameters)))
         return forward(functools.partial(model_class.__call__, self), inputs, cache, **named)
@@ -443,27 +451,25 @@ def _rotates_unseen(attention: nn.Module) -> bool:
 
 def _stock_caches(model: nn.Module) -> list[Any]:
     """What the model would give without us."""
-    from mlx_lm.models.cache import KVCache
-
     attachment = attachment_of(model)
     own = attachment.own_make_cache if attachment else model.__dict__.get("make_cache")
     if own is not None:
         return own()
     if hasattr(type(model), "make_cache"):
         return type(model).make_cache(model)
-    return [KVCache() for _ in range(len(model.layers))]  # type: ignore[arg-type]
+    return [plain_caches(model)[0]() for _ in range(len(model.layers))]  # type: ignore[arg-type]
 
 
 def replaced(model: nn.Module, fn: Callable[[int], Any]) -> list[Any]:
     """The model's own caches, every plain ``KVCache`` replaced by ``fn(index)``, also inside ``CacheList``."""
-    from mlx_lm.models.cache import CacheList, KVCache
+    from mlx_lm.models.cache import CacheList
 
-    count = iter(range(1 << 30))
+    count, plain = iter(range(1 << 30)), plain_caches(model)
 
     def swap(cache: Any) -> Any:
         if type(cache) is CacheList:
             return _list_of([swap(c) for c in cache.caches])
-        return fn(next(count)) if type(cache) is KVCache else cache
+        return fn(next(count)) if type(cache) in plain else cache
 
     return [swap(c) for c in _stock_caches(model)]
 

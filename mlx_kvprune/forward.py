@@ -14,8 +14,9 @@ from mlx_kvprune.cache import PrunedKVCache, question_of
 from mlx_kvprune.scorers import Surprise
 from mlx_kvprune.settings import PAGE
 from mlx_kvprune.slots import PagedPool
+from mlx_kvprune.vlm import joined, logits_of
 
-Call = Callable[..., mx.array]
+Call = Callable[..., Any]
 
 
 def leaves(caches: Any) -> Iterator[Any]:
@@ -29,7 +30,7 @@ def pruned(caches: Any) -> list[PrunedKVCache]:
     return [c for c in leaves(caches) if isinstance(c, PrunedKVCache)]
 
 
-def forward(call: Call, inputs: mx.array, caches: Any, **kwargs: Any) -> mx.array:
+def forward(call: Call, inputs: mx.array, caches: Any, **kwargs: Any) -> Any:
     """``call(inputs, cache=caches)`` so that slots change hands where they should.
 
     Most policies need nothing: their layers work block by block inside the attention. Policies that need the logits or
@@ -41,7 +42,7 @@ def forward(call: Call, inputs: mx.array, caches: Any, **kwargs: Any) -> mx.arra
         caches: the model's list of caches.
 
     Returns:
-        Logits ``(B, L, vocab)``.
+        Logits ``(B, L, vocab)``, in whatever the model returns them.
     """
     bounded = pruned(caches)
     if not bounded:
@@ -112,7 +113,7 @@ def leading(bounded: list[PrunedKVCache]) -> PrunedKVCache:
     return next((c for c in bounded if not c.local), bounded[0])
 
 
-def _in_steps(call: Call, inputs: mx.array, caches: Any, bounded: list[PrunedKVCache], kwargs: dict) -> mx.array:
+def _in_steps(call: Call, inputs: mx.array, caches: Any, bounded: list[PrunedKVCache], kwargs: dict) -> Any:
     out, start, total = [], 0, inputs.shape[1]
     lead = leading(bounded)
     while start < total:
@@ -122,16 +123,21 @@ def _in_steps(call: Call, inputs: mx.array, caches: Any, bounded: list[PrunedKVC
         for cache in bounded:
             cache.forget_heard()
         span = slice(start, min(total, start + lead.step_room()))
-        part = {k: v[:, span] if isinstance(v, mx.array) else v for k, v in kwargs.items()}
-        logits = call(inputs[:, span], cache=caches, **part)
+        output = call(inputs[:, span], cache=caches, **_cut(kwargs, span, total))
         if isinstance(bounded[0].scorer, Surprise):
-            note_surprise(bounded, inputs[:, span], logits)
+            note_surprise(bounded, inputs[:, span], logits_of(output))
         if total > 1:
             mx.eval([c.state for c in leaves(caches)])
         _note_peak(bounded)
-        out.append(logits)
+        out.append(output)
         start = span.stop
-    return out[0] if len(out) == 1 else mx.concatenate(out, axis=1)
+    return joined(out)
+
+
+def _cut(kwargs: dict, span: slice, total: int) -> dict:
+    """What belongs to a span of ``total`` tokens: arrays ``(B, total, ...)`` are cut, others are left as they are."""
+    by_token = lambda x: isinstance(x, mx.array) and x.ndim > 1 and x.shape[1] == total
+    return {name: x[:, span] if by_token(x) else x for name, x in kwargs.items()}
 
 
 def note_surprise(bounded: list[PrunedKVCache], tokens: mx.array, logits: mx.array) -> None:

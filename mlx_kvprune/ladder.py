@@ -23,6 +23,7 @@ from mlx_kvprune.cache import PrunedKVCache
 from mlx_kvprune.forward import forward, leaves, pruned
 from mlx_kvprune.settings import Budget, CacheSettings
 from mlx_kvprune.storage import LayerShape
+from mlx_kvprune.vlm import logits_of, of_mlx_vlm, why_unbounded
 
 Wrap = Callable[[int], Any]
 FAR = 1000  # a position at which a trial text starts
@@ -117,7 +118,7 @@ def find_rung(model: nn.Module, make: Callable[[Wrap], list[Any]]) -> Rung:
     others = sum(c is not None for c in leaves(untouched))
     if not n_bounded:
         return Rung("refuse", "no layer has a plain KV cache to bound", (), others)
-    if reason := INDEXED.get(getattr(model, "model_type", "")):
+    if reason := INDEXED.get(getattr(model, "model_type", "")) or why_unbounded(model):
         return Rung("refuse", reason, (), others)
     expected = _run(model, make(_stock), settings=None)
     reasons = []
@@ -160,6 +161,8 @@ def why_unbatched(model: nn.Module, make: Callable[[Wrap], list[Any]]) -> str:
 
     The model's other caches are mlx-lm's own, and some of its types do not batch them rightly.
     """
+    if of_mlx_vlm(model):
+        return "mlx-vlm has batches of its own"
     texts = [mx.arange(1, n + 1)[None] for n in (13, 5)]
     roomy = CacheSettings(policy="window", n_sink=1, window=4, block=4)
     caches = lambda: make(lambda layer: PrunedKVCache(roomy, None, layer))
@@ -215,7 +218,7 @@ def _run(model: nn.Module, caches: list[Any], settings: CacheSettings | None) ->
     tokens = mx.arange(1, 17)[None]
     out = []
     for start, stop in ((0, 13), (13, 15), (15, 16)):
-        call = lambda x, cache: model(x, cache=cache)
+        call = lambda x, cache: logits_of(model(x, cache=cache))
         bounded = [c.cache if isinstance(c, Witness) else c for c in leaves(caches)]
         if settings is not None and any(c.dense for c in pruned(bounded)):
             out.append(forward(call, tokens[:, start:stop], caches))

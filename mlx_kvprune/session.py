@@ -19,6 +19,7 @@ from mlx_kvprune.attach import attachment_of, hooked, model_id, tell_ropes
 from mlx_kvprune.batch import BatchPrunedKVCache
 from mlx_kvprune.cache import PrunedKVCache
 from mlx_kvprune.forward import leaves, pruned
+from mlx_kvprune.vlm import decoder, of_mlx_vlm
 
 Path = str | os.PathLike[str]
 
@@ -132,10 +133,14 @@ def pack(cache: list[Any]) -> tuple[dict[str, mx.array], dict[str, Any]]:
     """Arrays by name, and everything else.
 
     Raises:
-        ValueError: a batch.
+        ValueError: a batch, or caches of mlx-vlm among them, whose states do not say all.
     """
     if any(isinstance(c, BatchPrunedKVCache) for c in cache):
         raise ValueError("[save] a batch is not saved; got several requests; try [c.extract(i) for c in cache]")
+    if foreign := next((type(c).__name__ for c in leaves(cache) if of_mlx_vlm(c)), ""):
+        raise ValueError(
+            f"[save] mlx-vlm's own caches are not saved; got {foreign}; try a model whose layers are all bounded"
+        )
     arrays, others = {}, {}
     for name, leaf in tree_flatten([c.state for c in cache]):
         (arrays if isinstance(leaf, mx.array) else others)[name] = leaf
@@ -150,6 +155,7 @@ def unpack(arrays: dict[str, mx.array], meta: dict[str, Any], model: nn.Module) 
     Raises:
         ValueError: of another model, or not what ``pack`` gave.
     """
+    model = decoder(model)
     hooked(model)
     if meta.get("model"):  # caches of policy full, all mlx-lm's own, do not say whose they are
         _check_model(meta["model"], model)

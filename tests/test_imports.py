@@ -23,6 +23,7 @@ ORDER = [
     "attend",
     "batch",
     "cache",
+    "vlm",
     "forward",
     "ladder",
     "rebind",

@@ -2,7 +2,8 @@
 
     python -m mlx_kvprune.evals.results docs/results/*.jsonl > docs/results.md
 
-(``bench.stored`` makes the section on speed.) Each file is what ``mlx-kvprune eval --out FILE`` wrote. A run that is not finished gives the rows that are there.
+Each file is what ``mlx-kvprune eval --out FILE`` wrote; a run that is not finished gives the rows that are there.
+``bench.stored`` makes the section on speed.
 """
 
 from __future__ import annotations
