@@ -172,7 +172,8 @@ def eval_(
 
     given = {"policies": policies, "budgets": budgets, "allocators": allocators, "kv_bits": kv_bits, "equal": equal}
     given |= {"tasks": tasks, "tokens": tokens, "haystack": haystack, "trials": trials, "texts": texts}
-    wanted = {**chosen("quick" if quick else grid, **given), "gates": gates, "local_layers": local_layers}
+    given |= {"gates": gates, "local_layers": local_layers}
+    wanted = chosen("quick" if quick else grid, **given)
     some = known.named(split(wanted["tasks"]))
     job = prepare(model, wanted, data or [], seed)
     rows, notes = run_tasks(some, job, out)

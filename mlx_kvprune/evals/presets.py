@@ -10,6 +10,8 @@ DEFAULTS: dict[str, Any] = {
     "allocators": "auto",
     "kv_bits": "none",
     "equal": "auto",
+    "gates": "",  # those that come along
+    "local_layers": "",
     "tasks": "fidelity,needles,regret",
     "tokens": 2048,
     "haystack": None,  # half of the tokens
