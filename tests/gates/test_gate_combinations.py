@@ -90,6 +90,7 @@ def test_each_row_of_a_batch_gives_what_it_gives_alone(model, case):
     policy, more = case
     options = {"window": 16, "block": 32, "quiet": True, **more}
     kvp.attach(model, policy, 150, **options)
+    within = 1e-3 if more.get("kv_bits") else 2e-4  # a sum in another order may round a number to the next code
     rng = np.random.default_rng(0)
     texts = [rng.integers(1, WORDS, n).tolist() for n in (5, 260, 70, 200)]
     lengths = [9, 20, 3, 12]
@@ -106,7 +107,7 @@ def test_each_row_of_a_batch_gives_what_it_gives_alone(model, case):
         alone = generate_step(mx.array(prompt), model, max_tokens=n, prompt_cache=model.make_cache())
         for (token, logprobs), (other, expected) in zip(told[uid], alone, strict=True):
             assert token == int(other)
-            np.testing.assert_allclose(logprobs, np.array(expected), atol=2e-4)
+            np.testing.assert_allclose(logprobs, np.array(expected), atol=within)
 
 
 def test_where_all_layers_compete_nothing_is_batched(model):
