@@ -14,7 +14,7 @@ from mlx_kvprune.attend import Attended, Mask, View, among_new, attend, backend
 from mlx_kvprune.batch import BatchPrunedKVCache
 from mlx_kvprune.policy import policy_for
 from mlx_kvprune.rope import Rope, Shared, Turning, position_scale, unrotate
-from mlx_kvprune.scorers import Held, Probe, Scorer, Seen
+from mlx_kvprune.scorers import Held, Probe, RetentionProbe, Scorer, Seen
 from mlx_kvprune.scorers.base import HEARD, State
 from mlx_kvprune.settings import CacheSettings
 from mlx_kvprune.slots import Contest, LayerSlots, PagedPool, Part, best_of_spans, order_key, plain
@@ -59,9 +59,8 @@ Gate = Callable[[mx.array], mx.array]
 
 def question_of(scorer: Scorer) -> Probe:
     """How a scorer that knows the question listens."""
-    probe = getattr(scorer, "probe", scorer)
-    assert isinstance(probe, Probe)
-    return probe
+    assert isinstance(scorer, Probe | RetentionProbe)
+    return scorer.probe
 
 
 class PrunedKVCache:
@@ -510,10 +509,10 @@ class PrunedKVCache:
 
     def hear(self, heard: mx.array) -> None:
         """Take what a question attended to of each slot ``(B, H_kv, S)``; beside gates it lasts for one choice only."""
-        if "hidden" in self.scorer.needs:
-            self.signals = {**self.signals, HEARD: heard}
-        else:
+        if self.scorer.remembers_heard:
             self.held.remember(heard)
+        else:
+            self.signals = {**self.signals, HEARD: heard}
 
     def forget_heard(self) -> None:
         """Slots were chosen."""
@@ -620,7 +619,6 @@ class PrunedKVCache:
         view = handle.blocks[0][1]
         seen = attend(queries, view, scale=scale, mask=mask, sinks=sinks, want_weights=first)
         if seen.weights is not None:
-            self.heard = question_of(self.scorer).heard(mx.concatenate(list(seen.weights), axis=-1))[
-                ..., : -queries.shape[2]
-            ]
+            weights = mx.concatenate(list(seen.weights), axis=-1)
+            self.heard = question_of(self.scorer).heard(weights)[..., : -queries.shape[2]]
         return seen.out

@@ -117,10 +117,11 @@ def _in_steps(call: Call, inputs: mx.array, caches: Any, bounded: list[PrunedKVC
     out, start, total = [], 0, inputs.shape[1]
     lead = leading(bounded)
     while start < total:
-        if lead.held.evicts_next() and lead.settings.question:
+        asked = lead.held.evicts_next() and bool(lead.settings.question)
+        if asked:
             probe(call, caches, bounded)
         settle(bounded)
-        for cache in bounded:
+        for cache in bounded if asked else ():
             cache.forget_heard()
         span = slice(start, min(total, start + lead.step_room()))
         output = call(inputs[:, span], cache=caches, **_cut(kwargs, span, total))

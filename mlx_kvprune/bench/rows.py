@@ -21,6 +21,11 @@ def key_of(row: Row) -> Key:
     return row["kind"], row[SIZE[row["kind"]]], row.get("batch_context", 0), row["candidate"], row["rep"]
 
 
+def question_of(row: Row) -> tuple[Any, ...]:
+    """The fields of ``SAME``."""
+    return tuple(row.get(name) for name in SAME)
+
+
 class Store:
     """Rows of one question, in memory and, if there is a path, in a JSONL file that other questions may share.
 
@@ -52,7 +57,7 @@ class Store:
             self._run = None
 
     def _is_mine(self, row: Row) -> bool:
-        return row.get("kind") in SIZE and all(row.get(name) == value for name, value in self.about.items())
+        return row.get("kind") in SIZE and question_of(row) == question_of(self.about)
 
 
 def read(path: Path | None) -> list[Row]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mlx_kvprune.bench import tables
-from mlx_kvprune.bench.rows import BATCH, RUN, SAME, Row, merged, read
+from mlx_kvprune.bench.rows import BATCH, RUN, Row, merged, question_of, read
 from mlx_kvprune.bench.variants import text_of
 
 HEAD = """
@@ -29,13 +29,9 @@ def page(paths: Sequence[Path]) -> str:
         rows = [row for row in read(path) if "kind" in row]
         if not rows:
             raise ValueError(f"[stored] no rows of bench; got {path}; try a file that `bench --out` wrote")
-        for question in dict.fromkeys(_question(row) for row in rows):
-            parts += _section([row for row in rows if _question(row) == question])
+        for question in dict.fromkeys(map(question_of, rows)):
+            parts += _section([row for row in rows if question_of(row) == question])
     return "\n\n".join(parts) + "\n"
-
-
-def _question(row: Row) -> tuple:
-    return tuple(row.get(name) for name in SAME)
 
 
 def _section(rows: Sequence[Row]) -> Iterator[str]:
@@ -45,10 +41,10 @@ def _section(rows: Sequence[Row]) -> Iterator[str]:
     yield "\n".join(line for run in runs for line in _origin(run))
     names = [row["candidate"] for row in measured]
     found = merged(measured, "stock full" if "stock full" in names else names[0])
-    yield _drawn(tables.speed_table(found))
-    yield _drawn(tables.memory_table(found))
+    yield tables.drawn(*tables.speed_table(found))
+    yield tables.drawn(*tables.memory_table(found))
     if any(row["kind"] == BATCH for row in found):
-        yield _drawn(tables.batch_table(found))
+        yield tables.drawn(*tables.batch_table(found))
 
 
 def _origin(run: Row) -> Iterator[str]:
@@ -60,10 +56,6 @@ def _origin(run: Row) -> Iterator[str]:
     yield f"{run['date'][:10]}, {machine['chip']}, {machine['cores']} cores, {machine['system'].split()[0]}; {packages}  "
     settings = "".join(f", {name}={value}" for name, value in run["environment"].items())
     yield f"a copy: {text_of(run['copy_gb_s'], '.1f')} GB/s{settings}  "
-
-
-def _drawn(table: tables.Table) -> str:
-    return tables.as_markdown("", *table).strip().removeprefix("****").strip()
 
 
 def main() -> None:

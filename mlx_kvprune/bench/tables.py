@@ -58,8 +58,13 @@ def batch_table(rows: Sequence[Row]) -> Table:
 
 def as_markdown(title: str, header: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
     """A table in Markdown."""
+    return f"**{title}**\n\n{drawn(header, cells)}\n"
+
+
+def drawn(header: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
+    """The lines of a table in Markdown."""
     lines = [header, ["---:", "---", *("---:" for _ in header[2:])], *cells]
-    return "\n".join([f"**{title}**", "", *(f"| {' | '.join(line)} |" for line in lines), ""])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _spread(values: Sequence[float] | None, form: str) -> str:

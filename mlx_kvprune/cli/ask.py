@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mlx_kvprune.cli.cache_options import CacheOptions, settings_of
+from mlx_kvprune.cli.cache_options import Budget, CacheOptions, settings_of
 from mlx_kvprune.cli.options import Json, ModelOptions, SamplingOptions, load, spread
 from mlx_kvprune.settings import CacheSettings
 
@@ -52,15 +52,7 @@ class AskCache(CacheOptions):
     """As elsewhere, but the policy depends on how many questions there are."""
 
     policy: Reader = None  # type: ignore[assignment]
-    budget: Annotated[
-        str,
-        typer.Option(
-            "--budget",
-            rich_help_panel="Cache",
-            metavar="SIZE",
-            help="The most that is held: 512 (tokens per KV head), or 64MB (bytes of all layers together).",
-        ),
-    ] = "512"
+    budget: Budget = "512"
 
 
 @spread

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlx_kvprune.cli.cache_options import CacheOptions, settings_of
+from mlx_kvprune.cli.cache_options import Budget, CacheOptions, settings_of
 from mlx_kvprune.cli.options import Json, ModelOptions, Seed, load, spread
 from mlx_kvprune.settings import CacheSettings
 
@@ -59,15 +59,7 @@ class InspectCache(CacheOptions):
     """As elsewhere, but several policies can be compared."""
 
     policy: Policies = None  # type: ignore[assignment]
-    budget: Annotated[
-        str,
-        typer.Option(
-            "--budget",
-            rich_help_panel="Cache",
-            metavar="SIZE",
-            help="The most that is held: 512 (tokens per KV head), or 64MB (bytes of all layers together).",
-        ),
-    ] = "512"
+    budget: Budget = "512"
 
 
 @spread

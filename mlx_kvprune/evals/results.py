@@ -118,7 +118,7 @@ def _section(table: Table) -> str:
     setup = table.setup
     about = f"{setup['tokens']:,} tokens, data {setup['data']}, seed {setup['seed']}, type {setup['dtype']}"
     return "\n".join(
-        [f"### {tables.title(table.task, rows)}", "", *_origins(table), f"{about}.", "", _drawn(header, cells)]
+        [f"### {tables.title(table.task, rows)}", "", *_origins(table), f"{about}.", "", tables.drawn(header, cells)]
     )
 
 
@@ -128,10 +128,6 @@ def _origins(table: Table) -> Iterator[str]:
         yield f"`{command}`  "
     places = (f"{run.get('date')}, {run.get('machine')}; {run.get('versions')}" for run in table.runs)
     yield from (f"{place}  " for place in dict.fromkeys(places))
-
-
-def _drawn(header: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
-    return tables.as_markdown("", header, cells).split("\n", 2)[2]
 
 
 def main() -> None:

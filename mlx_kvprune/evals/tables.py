@@ -127,5 +127,10 @@ def fixed(x: float, form: str) -> str:
 
 def as_markdown(heading: str, header: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
     """A table in Markdown."""
+    return f"**{heading}**\n\n{drawn(header, cells)}\n"
+
+
+def drawn(header: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
+    """The lines of a table in Markdown."""
     lines = [header, ["---", "---", *("---:" for _ in header[2:])], *cells]
-    return "\n".join([f"**{heading}**", "", *(f"| {' | '.join(line)} |" for line in lines), ""])
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -81,10 +81,12 @@ class Scorer:
         needs: what must be handed in beside keys and values: ``queries``, ``attention`` (weights), ``logits``,
             ``question``, ``rope``, ``hidden`` (the attention's input, for a learned gate).
         memory: whether a number per slot is remembered between steps.
+        remembers_heard: whether that number is what a question heard; else it is told beside it, for one choice.
     """
 
     needs: ClassVar[frozenset[str]] = frozenset()
     memory: ClassVar[bool] = False
+    remembers_heard: ClassVar[bool] = False
 
     @property
     def hears(self) -> bool:

@@ -61,6 +61,7 @@ class RetentionProbe(Retention):
 
     @property
     def probe(self) -> Probe:
+        """How the question listens."""
         return Probe(self.span)
 
     def score(self, held: Held, state: State) -> mx.array:
@@ -68,7 +69,7 @@ class RetentionProbe(Retention):
         if HEARD not in state or not self.share:
             return kept
         asked = self.probe.score(replace(held, memory=mx.where(held.live, state[HEARD], 0.0)), {})
-        asked = mx.where(held.live, asked, 0.0)
+        asked = mx.where(held.live, asked, 0.0)  # pooling reaches empty slots
         place = mx.argsort(mx.argsort(-asked, axis=-1), axis=-1)  # 0 for the highest
         first = place < self.share * held.live.sum(axis=-1, keepdims=True)
         return mx.where(first & (asked > 0), FIRST + asked, kept)

@@ -1,5 +1,7 @@
 """The question asks what is held."""
 
+from __future__ import annotations
+
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -29,6 +31,12 @@ class Probe(Scorer):
 
     needs = frozenset({"attention", "question"})
     memory = True
+    remembers_heard = True
+
+    @property
+    def probe(self) -> Probe:
+        """How the question listens: as this very scorer."""
+        return self
 
     def check(self) -> None:
         require("span", self.span, is_count(self.span) and self.span % 2 == 1, "an odd number such as 17")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
-from gate_helpers import caches_for, gated_model, given_gates, kept, read, text
+from gate_helpers import caches_for, kept, read, text
 from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -19,14 +19,6 @@ from mlx_kvprune.scorers.base import HEARD
 QUESTION = (7, 3, 944, 3, 21)
 LENGTH = 430
 TURNS = [(0, 47), (47, 48), (48, 200), (200, 380), (380, 430)]
-
-
-@pytest.fixture(scope="module", name="model")
-def _model():
-    made = gated_model("llama")
-    given_gates(made)
-    yield made
-    kvp.detach(made)
 
 
 def what_is_kept(model, policy: str, allocator: str, **more) -> list:

@@ -28,14 +28,6 @@ SCORES = {
 }
 
 
-@pytest.fixture(scope="module", name="model")
-def _model():
-    made = gated_model("llama")
-    given_gates(made)
-    yield made
-    kvp.detach(made)
-
-
 def simulated(heard: list, policy: str, slots: int | None, allocator: str, n: int, **more) -> Simulated:
     """By the same numbers of the gates; near ties would make it a test of rounding."""
     raw = [np.concatenate(parts, axis=1).astype(np.float64) for parts in heard]
