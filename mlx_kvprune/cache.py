@@ -501,10 +501,10 @@ class PrunedKVCache:
         assert isinstance(pool, PagedPool)
         return pool.limit
 
-    def evictable(self) -> mx.array:
-        """Which slots are neither sinks nor in the window ``(B, H_kv, S)``."""
+    def evictable(self, window: bool = True) -> mx.array:
+        """Which slots are neither sinks nor, if ``window`` counts, in the window ``(B, H_kv, S)``."""
         positions, settings = self.held.positions(), self.settings
-        newest = self.held.written - (settings.window or 0)
+        newest = self.held.written - (settings.window or 0 if window else 0)
         return (positions >= settings.n_sink) & (positions < newest)
 
     def hear(self, heard: mx.array) -> None:

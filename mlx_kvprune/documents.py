@@ -17,7 +17,8 @@ import mlx.nn as nn
 
 from mlx_kvprune.attach import attachment_of, make_from_settings
 from mlx_kvprune.context import placed
-from mlx_kvprune.policy import find
+from mlx_kvprune.policy import knows_question
+from mlx_kvprune.report import CacheReport, report
 from mlx_kvprune.settings import CacheSettings
 
 HERE = "\x00document\x00"
@@ -109,8 +110,7 @@ def prompt_for(tokenizer: Any, document: str, question: str, *, pinned: bool) ->
 def settings_for(settings: CacheSettings, prompt: Prompt) -> CacheSettings:
     """Pin what stands before the document; let the question probe where the policy does."""
     n_sink = max(settings.n_sink, len(prompt.before))
-    scorer = find(settings.policy).scorer
-    question = tuple(prompt.after) if scorer is not None and "question" in scorer.needs else ()
+    question = tuple(prompt.after) if knows_question(settings.policy) else ()
     return settings.but(n_sink=n_sink, question=question)
 
 
@@ -166,6 +166,10 @@ class Reading:
     prompt: Prompt
     cache: list[Any]
     seconds: float
+
+    def report(self, cache: list[Any]) -> CacheReport:
+        """Of a cache that answers: this one, or a copy of it."""
+        return report(cache)
 
 
 def read_into_cache(

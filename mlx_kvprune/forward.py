@@ -45,7 +45,7 @@ def forward(call: Call, inputs: mx.array, caches: Any, **kwargs: Any) -> Any:
         Logits ``(B, L, vocab)``, in whatever the model returns them.
     """
     bounded = pruned(caches)
-    if not bounded:
+    if not bounded or bounded[0].probing:
         return call(inputs, cache=caches, **kwargs)
     try:
         if any(c.in_steps for c in bounded):
@@ -163,8 +163,19 @@ def note_surprise(bounded: list[PrunedKVCache], tokens: mx.array, logits: mx.arr
         cache.held.remember_newest(carried)
 
 
-def probe(call: Call, caches: Any, bounded: list[PrunedKVCache]) -> None:
-    """Run the question's tokens as temporary queries over what is held; only the memory of the slots changes."""
+def listen(model: Call, caches: Any) -> None:
+    """Let the question, if there is one, be heard of everything that an attached model's caches hold, the window, too."""
+    bounded = pruned(caches)
+    if bounded and bounded[0].settings.question:
+        probe(model, caches, bounded, window=False)
+
+
+def probe(call: Call, caches: Any, bounded: list[PrunedKVCache], window: bool = True) -> None:
+    """Run the question's tokens as temporary queries over what is held; only the memory of the slots changes.
+
+    Args:
+        window: whether what it hears of the window's tokens is left out, since they cannot be evicted.
+    """
     question = mx.array(bounded[0].settings.question)[None]
     batch = bounded[0].held.ring.keys.shape[0]
     others = [c for c in leaves(caches) if not isinstance(c, PrunedKVCache)]
@@ -172,7 +183,7 @@ def probe(call: Call, caches: Any, bounded: list[PrunedKVCache]) -> None:
     _set_probing(bounded, True)
     try:
         call(mx.broadcast_to(question, (batch, question.shape[1])), cache=caches)
-        positions, evictable = [c.held.positions() for c in bounded], [c.evictable() for c in bounded]
+        positions, evictable = [c.held.positions() for c in bounded], [c.evictable(window) for c in bounded]
         now = bounded[0].held.written
         memories = question_of(bounded[0].scorer).combined(
             [c.heard for c in bounded if c.heard is not None], positions, evictable, now

@@ -171,6 +171,12 @@ def find(name: str) -> Policy:
     raise ValueError(f"[policy] unknown; got {name!r}; try {hint}")
 
 
+def knows_question(name: str) -> bool:
+    """Whether a policy of that name chooses by a question that it knows while it reads."""
+    scorer = find(name).scorer
+    return scorer is not None and "question" in scorer.needs
+
+
 def register(policy: Policy) -> None:
     """Add a policy of your own to the table; it is then known by its name everywhere."""
     POLICIES[policy.name] = policy

@@ -38,6 +38,7 @@ ORDER = [
     "models",
     "context",
     "documents",
+    "reread",
     "evals",
     "training",
     "bench",

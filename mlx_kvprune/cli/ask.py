@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
@@ -36,6 +37,15 @@ Compare = Annotated[
     list[str] | None,
     typer.Option("--compare", metavar="POLICY", help="Answer with this policy too, in a cache of the same size."),
 ]
+Reread = Annotated[
+    bool | None,
+    typer.Option(
+        "--reread/--no-reread",
+        help="When the document was read, read what the cache kept of it once more, alone and in a row, and answer from that. "
+        "Default: where the question chose what is kept (probe); else one question is put before the document, too.",
+        rich_help_panel="Cache",
+    ),
+]
 Reader = Annotated[
     str | None,
     typer.Option(
@@ -63,6 +73,7 @@ def ask(
     files: Files,
     question: Questions = None,
     compare: Compare = None,
+    reread: Reread = None,
     json: Json = False,
 ) -> None:
     """Read documents inside a cache of fixed size and answer questions about them.
@@ -70,16 +81,18 @@ def ask(
     The answer goes to standard output as it is generated; progress and what it cost go to standard error.
     """
     from mlx_kvprune import documents
+    from mlx_kvprune.policy import knows_question
 
     questions = _questions(question)
     wanted = cache.policy or ("probe" if len(questions) == 1 else SEVERAL)
     chosen = [replace(cache, policy=wanted), *(_instead(cache, p) for p in compare or [])]
     settings = [settings_of(c, sampling.seed) for c in chosen]
+    again = knows_question(wanted) if reread is None else reread
     text = "\n\n".join(documents.read(path) for path in files)
     loaded, tokenizer = load(model)
     runs = []
     for each in settings:
-        runs.append(_Asking(loaded, tokenizer, text, questions, each, sampling, silent=json))
+        runs.append(_Asking(loaded, tokenizer, text, questions, each, sampling, again, silent=json))
         runs[-1].run(label=len(settings) > 1)
     if json:
         _write_json(model.model, runs)
@@ -112,17 +125,18 @@ class _Asking:
         questions: list[str],
         settings: CacheSettings,
         sampling: SamplingOptions,
+        reread: bool,
         silent: bool,
     ):
         self.model, self.tokenizer, self.text, self.questions = model, tokenizer, text, questions
         self.settings, self.sampling, self.silent = settings, sampling, silent
+        self.reread, self.pinned = reread, len(questions) == 1 and not reread
         self.answers: list[Any] = []
         self.reports: list[Any] = []
 
     def run(self, label: bool) -> None:
         """Read, then answer each question; ``label`` says which policy is speaking."""
         from mlx_kvprune.cli import output
-        from mlx_kvprune.report import report
 
         self._read()
         cache = self.reading.cache
@@ -131,12 +145,13 @@ class _Asking:
                 output.write(f"{self.settings.policy}: " if label else "")
                 output.write(f"{question} " if len(self.questions) > 1 else "")
             cache = self._answer(number)
-            self.reports.append(report(cache))
+            self.reports.append(self.reading.report(cache))
         if not self.silent:
             self._summarize(cache)
 
     def _read(self) -> None:
         from mlx_kvprune import attach, documents
+        from mlx_kvprune import reread as again
         from mlx_kvprune.attach import attachment_of
         from mlx_kvprune.cli.stream import fill_of
         from mlx_kvprune.progress import Bar
@@ -146,9 +161,9 @@ class _Asking:
         began = time.monotonic()
         with Bar() as bar:
 
-            def show(done: int, total: int, cache: list[Any]) -> None:
+            def show(done: int, total: int, cache: list[Any], what: str = "reading") -> None:
                 speed = done / max(1e-6, time.monotonic() - began)
-                bar(f"reading, {speed:.0f} tok/s{fill_of(cache)}", done, total)
+                bar(f"{what}, {speed:.0f} tok/s{fill_of(cache)}", done, total)
 
             self.reading = documents.read_into_cache(
                 self.model,
@@ -156,11 +171,23 @@ class _Asking:
                 self.text,
                 self.questions[0],
                 self.settings,
-                pinned=len(self.questions) == 1,
+                pinned=self.pinned,
                 step=self.sampling.prefill_step_size,
                 max_tokens=self.sampling.max_tokens,
                 progress=show,
             )
+            self.read_tokens = len(self.reading.prompt.before) + len(self.reading.prompt.document)
+            self.read_seconds = self.reading.seconds
+            self.prompt_tokens = self.reading.prompt.n_tokens
+            if self.reread:
+                began = time.monotonic()
+                self.reading = again.read_again(
+                    self.model,
+                    self.tokenizer,
+                    self.reading,
+                    max_tokens=self.sampling.max_tokens,
+                    progress=functools.partial(show, what="reading again"),
+                )
 
     def _answer(self, number: int) -> list[Any]:
         import copy
@@ -172,8 +199,7 @@ class _Asking:
         reading, question = self.reading, self.questions[number]
         last = number == len(self.questions) - 1
         cache = reading.cache if last else copy.deepcopy(reading.cache)
-        pinned = len(self.questions) == 1
-        after = reading.prompt.after if number == 0 else prompt_for(self.tokenizer, "", question, pinned=pinned).after
+        after = reading.prompt.after if number == 0 else prompt_for(self.tokenizer, "", question, pinned=False).after
         write = (lambda text: None) if self.silent else output.write
         self.answers.append(stream(self.model, self.tokenizer, after, cache, self.sampling, write))
         write("\n")
@@ -186,24 +212,26 @@ class _Asking:
         output.say(output.fill_line(report, cache), "dim")
         output.say(output.bytes_line(report), "dim")
         output.say(
-            f"speed  read {self.read_tokens:,} tokens in {self.reading.seconds:.1f} s "
-            f"({self.read_tokens / self.reading.seconds:.0f} tok/s)"
+            f"speed  read {self.read_tokens:,} tokens in {self.read_seconds:.1f} s "
+            f"({self.read_tokens / self.read_seconds:.0f} tok/s)"
+            + (f", and {again:,} of them again" if (again := self._again) else "")
             + (f"; answered at {run.decode_tps:.1f} tok/s" if run.decode_tps else ""),
             "dim",
         )
 
     @property
-    def read_tokens(self) -> int:
-        return len(self.reading.prompt.before) + len(self.reading.prompt.document)
+    def _again(self) -> int:
+        """Tokens of the document that were read again."""
+        return len(getattr(self.reading, "positions", ()))
 
     def fields(self, model: str) -> dict[str, Any]:
         """The fields of ``--json``; ``text`` is the first answer."""
         from mlx_kvprune.cli import output
 
         fields = output.fields_of(model, self.reports[0], self.answers[0])
-        fields["prompt_tokens"] = self.reading.prompt.n_tokens
+        fields["prompt_tokens"], fields["reread_tokens"] = self.prompt_tokens, self._again
         fields["generated_tokens"] = sum(run.generated_tokens for run in self.answers)
-        fields["prefill_tps"] = round(self.read_tokens / self.reading.seconds, 3)
+        fields["prefill_tps"] = round(self.read_tokens / self.read_seconds, 3)
         fields["ttft_s"] = round(self.reading.seconds + (self.answers[0].ttft_s or 0.0), 3)
         fields["answers"] = [{"question": q, "text": a.text} for q, a in zip(self.questions, self.answers, strict=True)]
         return fields

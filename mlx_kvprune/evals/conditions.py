@@ -14,7 +14,7 @@ import numpy as np
 
 from mlx_kvprune.attach import gates_of, hooked, make_cache, settings_from
 from mlx_kvprune.forward import leaves
-from mlx_kvprune.policy import POLICIES, find
+from mlx_kvprune.policy import POLICIES, find, knows_question
 from mlx_kvprune.report import report
 from mlx_kvprune.settings import Budget
 
@@ -46,8 +46,7 @@ class Condition:
     @property
     def needs_question(self) -> bool:
         """Whether the policy must know the question while it reads."""
-        scorer = find(self.policy).scorer
-        return scorer is not None and "question" in scorer.needs
+        return knows_question(self.policy)
 
     def settings(self, question: Sequence[int] = (), **more: Any) -> dict[str, Any]:
         """Arguments of ``make_cache``; ``question`` (token ids) is for policies that probe with it."""

@@ -3,7 +3,8 @@
 ``aware``: a few facts in a text, each asked twice: of a cache that was read without the question (``question after``), and of
 one that was read with the question in front, pinned, which policies that probe also probe with (``question before and after``).
 
-``ask``: the claim of question-aware reading. Facts of several kinds in documents; policies that probe read each
+``ask``: the claim of question-aware reading. Facts of several kinds in documents, each asked of what the cache holds
+(``as held``) and after that was read again (``read again``), as the command does it. Policies that probe read each
 document once per question, all others once; ``kept`` is the share of what the full cache answers.
 """
 
@@ -16,20 +17,24 @@ from typing import Any
 
 import numpy as np
 
-from mlx_kvprune.documents import prompt_for
+from mlx_kvprune.documents import Prompt, Reading, prompt_for
 from mlx_kvprune.evals import facts, hay, judge, questions
 from mlx_kvprune.evals.asking import Ask, Outcome, encode, forced
-from mlx_kvprune.evals.conditions import Condition, feed, held
+from mlx_kvprune.evals.conditions import CHUNK, SIZES, Condition, feed, held
 from mlx_kvprune.evals.job import Job, Measured, Task, Tick
 from mlx_kvprune.evals.questions import Trial
+from mlx_kvprune.forward import pruned
+from mlx_kvprune.reread import read_again
 
-Ways = Callable[
-    [Condition], list[tuple[str, bool]]
-]  # how a condition reads: wording, and whether for each question anew
+# How a condition reads: its name, or empty where outcomes say it; how; and whether for each question anew.
+Reader = Callable[[Job, Trial, Condition], Iterator[Outcome]]
+Ways = Callable[[Condition], list[tuple[str, Reader, bool]]]
 FACTS_AWARE, FACTS_ASK = 2, 5  # to a document
 # What SmolLM2-135M finds with the full cache in 4,000 tokens: 6 of 6, against 1 of 4 for pets and instruments.
 KINDS = tuple(kind for kind in facts.KINDS if kind.name in ("city", "trade", "code"))
 AFTER, BOTH = "question after", "question before and after"
+AS_HELD, AGAIN = "as held", "read again"
+ANSWER = 32  # tokens of an answer that reading again leaves room for
 N_SINK, SPARE = 4, 4  # sinks without a question; tokens that a question may be longer than the longest in letters
 
 
@@ -66,40 +71,76 @@ def _outcome(job: Job, ask: Ask, after: list[int], n_tokens: int, caches: list[A
     return {"kind": ask.wording, "prompt_tokens": n_tokens, **judged, **held(caches)}
 
 
+def read_as_asked(job: Job, trial: Trial, condition: Condition) -> Iterator[Outcome]:
+    """Read as ``ask`` does: what stands before the document pinned, the question known to policies that probe.
+
+    What is read before anything is evicted is the same whatever is asked, and is read once.
+    """
+    prompts = [prompt_for(job.tokenizer, trial.text, ask.question, pinned=False) for ask in trial.asks]
+    shared, done = _started(job, prompts[0], condition)
+    readings: list[Reading] = []
+    for ask, prompt in zip(trial.asks, prompts, strict=True):
+        if condition.needs_question or not readings:
+            caches = copy.deepcopy(shared)
+            for cache in pruned(caches) if condition.needs_question else ():
+                cache.settings = cache.settings.but(question=tuple(prompt.after))
+            feed(job.model, (prompt.before + prompt.document)[done:], caches)
+            first = Reading(prompt, copy.deepcopy(caches), 0.0)
+            readings = [first, read_again(job.model, job.tokenizer, Reading(prompt, caches, 0.0), max_tokens=ANSWER)]
+        for wording, reading in zip((AS_HELD, AGAIN), readings, strict=True):
+            cache = copy.deepcopy(reading.cache)
+            outcome = _outcome(job, ask, prompt.after, prompt.n_tokens, cache)
+            found = reading.report(cache).to_dict()
+            yield {"wording": wording, **outcome, **{name: found[name] for name in SIZES}}
+
+
+def _started(job: Job, prompt: Prompt, condition: Condition) -> tuple[list[Any], int]:
+    """A cache that read what it can before it evicts, and how many tokens that is."""
+    pins = {} if condition.is_full else {"n_sink": max(N_SINK, len(prompt.before))}
+    caches, done, tokens = condition.caches(job.model, prompt.after, **pins), 0, prompt.before + prompt.document
+    while done < len(tokens):
+        more = copy.deepcopy(caches)
+        feed(job.model, tokens[done : done + CHUNK], more)
+        if any(cache.evicted for cache in pruned(more)):
+            break
+        caches, done = more, done + CHUNK
+    return caches, done
+
+
 def fits(ways: Ways, job: Job, condition: Condition) -> None:
     """Refuse a condition that has no room for a question pinned in front.
 
     Raises:
         ValueError: it has not.
     """
-    if not condition.is_full and any(anew for _, anew in ways(condition)):
+    if not condition.is_full and any(reader is not read_once for _, reader, _ in ways(condition)):
         longest = max(KINDS, key=lambda kind: len(kind.verbatim[0])).verbatim[0].format(name=max(facts.NAMES, key=len))
-        before = prompt_for(job.tokenizer, "", longest, pinned=True).before
+        before = prompt_for(job.tokenizer, "", longest, pinned=True).before  # longer than without the question
         condition.caches(job.model, (0,), n_sink=max(N_SINK, len(before) + SPARE))
 
 
-def both_ways(condition: Condition) -> list[tuple[str, bool]]:
-    """How ``aware`` reads: wording, and whether for each question anew."""
-    return [(BOTH, True)] if condition.needs_question else [(AFTER, False), (BOTH, True)]
+def both_ways(condition: Condition) -> list[tuple[str, Reader, bool]]:
+    """How ``aware`` reads."""
+    known = (BOTH, read_for_each, True)
+    return [known] if condition.needs_question else [(AFTER, read_once, False), known]
 
 
-def as_asked(condition: Condition) -> list[tuple[str, bool]]:
+def as_asked(condition: Condition) -> list[tuple[str, Reader, bool]]:
     """How ``ask`` reads."""
-    return [("one question", condition.needs_question)]
+    return [("", read_as_asked, condition.needs_question)]
 
 
 def _measure(ways: Ways, job: Job, trial: Trial, conditions: Sequence[Condition], tick: Tick) -> Measured:
     for condition in conditions:
         found = []
-        for wording, anew in ways(condition):
-            read = read_for_each if anew else read_once
+        for wording, read, anew in ways(condition):
             found += [{"wording": wording, **outcome} for outcome in read(job, trial, condition)]
             tick(job.haystack * (len(trial.asks) if anew else 1))
         yield condition, {"outcomes": found}
 
 
 def _work(ways: Ways, job: Job, trial: Trial, conditions: Sequence[Condition]) -> int:
-    passes = [len(trial.asks) if anew else 1 for condition in conditions for _, anew in ways(condition)]
+    passes = [len(trial.asks) if anew else 1 for condition in conditions for *_, anew in ways(condition)]
     return job.haystack * sum(passes)
 
 

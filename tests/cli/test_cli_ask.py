@@ -44,6 +44,32 @@ def test_json_of_one_question(tiny, fable, policy):
     assert fields["prefill_tps"] > 0
 
 
+def test_what_was_kept_is_read_again(tiny, fable):
+    ask = [
+        "ask",
+        fable,
+        "-q",
+        "Who woke?",
+        "--model",
+        str(tiny),
+        "--budget",
+        "400",
+        "--max-tokens",
+        "5",
+        "--window",
+        "16",
+    ]
+    again, once = (last_json(run(*ask, *more, "--json")) for more in ((), ("--no-reread",)))
+    assert 0 < again["reread_tokens"] < 400
+    assert once["reread_tokens"] == 0
+    assert again["tokens_seen"] < once["tokens_seen"], "the question stands before the document, too"
+    assert again["slots_held"] <= 400
+    assert last_json(run(*ask, "--policy", "window", "--json"))["reread_tokens"] == 0
+    said = run(*ask, "--policy", "snapkv", "-q", "Who ran?", "--reread")
+    assert said.returncode == 0, said.stderr
+    assert "of them again" in said.stderr
+
+
 def test_several_questions_read_once_and_answer_like_one_alone(tiny, fable):
     ask = ["ask", fable, "--model", str(tiny), "--budget", "300", "--max-tokens", "8", "--json"]
     both = last_json(run(*ask, "-q", "Who woke?", "-q", "Who ran?"))
