@@ -1,8 +1,9 @@
 """Read again what is held: the tokens that a cache kept, alone and in a row, in a fresh cache of the same size.
 
-What a token's key and value say depends on what could be attended to when it was read. Behind an eviction that is little, and
-a question asked of what is held then misses what it would find in the same tokens of a full cache. Read again they are a short
-text, as the model knows texts. It takes as many tokens as are held; the first cache is given up before the second is made.
+What a token's key and value say depends on what could be attended to when it was read. Behind an eviction that is little,
+and a question asked of what is held then misses what it would find in the same tokens of a full cache (LOG.md,
+2026-11-29). Read again they are a short text, as the model knows texts. It takes as many tokens as are held; the first
+cache is given up before the second is made.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from typing import Any
 from mlx_kvprune import attach, load
 from mlx_kvprune.attach import settings_from
 from mlx_kvprune.documents import answer, read_into_cache
-from mlx_kvprune.report import report
+from mlx_kvprune.reread import read_again
 
 ROOT = Path(__file__).parent.parent
 DOCUMENT = ROOT / "examples/documents/aesop-fables.txt"
@@ -48,8 +48,8 @@ so was not run.
 
 The model was trained on 8,192 tokens, so a full cache cannot read this document. The ceiling is **the fable alone**:
 the full cache and the same prompt, but of the document only the fable that has the answer. `probe` reads everything
-for each question, which stands before the document (pinned) and after it. `window` reads everything once, and each
-question is asked of a copy: what it keeps does not depend on the question. Both have positions in the cache
+for each question, which probes. `window` reads everything once, and each question is asked of a copy: what it keeps does
+not depend on the question. What they kept is read again before they answer. Both have positions in the cache
 (`--positions auto`).
 
 The questions were chosen by what the model answers from the fable alone, and to spread over the document, before any
@@ -71,12 +71,12 @@ def is_right(said: str, accepted: list[str]) -> bool:
 def ask(model, tokenizer, text: str, cases: list[dict[str, Any]], settings: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """One read; one answer, or with several questions an answer to each, from a copy of the cache."""
     chosen = settings_from(**settings, positions="auto")
-    pinned = len(cases) == 1
-    reading = read_into_cache(model, tokenizer, text, cases[0]["question"], chosen, pinned=pinned, max_tokens=40)
+    reading = read_into_cache(model, tokenizer, text, cases[0]["question"], chosen, pinned=False, max_tokens=40)
+    reading = read_again(model, tokenizer, reading, max_tokens=40)
     for case in cases:
-        again = None if pinned else case["question"]
+        again = None if len(cases) == 1 else case["question"]
         said = "".join(part.text for part in answer(model, tokenizer, reading, again, max_tokens=40))
-        r = report(reading.cache)
+        r = reading.report(reading.cache)
         yield {
             "question": case["question"],
             "said": " ".join(said.split()),
