@@ -79,13 +79,14 @@ def inspect(
     The page is one file that loads nothing from anywhere. Its path goes to standard output.
     """
     from mlx_kvprune.cli import output
+    from mlx_kvprune.policy import knows_question
 
     names = policies_named(cache.policy, question)
     settings = [settings_of(_of_policy(cache, name, names), seed) for name in names]
     place = place_of(out, file, names)
     text = _read(file)
     loaded, tokenizer = load(model)
-    prompt = prompt_of(tokenizer, text, question, tokens)
+    prompt = prompt_of(tokenizer, text, question, tokens, pinned=not any(map(knows_question, names)))
     traces = _traces(loaded, prompt, settings)
     _write(place, tokenizer, prompt, file, question or "", model.model, traces)
     for trace in traces:
@@ -155,11 +156,11 @@ def _read(file: str) -> str:
         raise ValueError(str(error).replace("[ask]", "[inspect]", 1)) from error
 
 
-def prompt_of(tokenizer: Any, text: str, question: str | None, tokens: int | None) -> Prompt:
-    """What is read: the text, and before it the question as `ask` puts it, if there is one."""
+def prompt_of(tokenizer: Any, text: str, question: str | None, tokens: int | None, pinned: bool) -> Prompt:
+    """What is read: the text, and before it what `ask` puts there, if there is a question."""
     from mlx_kvprune.documents import Prompt, prompt_for
 
-    asked = prompt_for(tokenizer, text, question, pinned=True) if question else None
+    asked = prompt_for(tokenizer, text, question, pinned=pinned) if question else None
     prompt = asked or Prompt([], list(tokenizer.encode(text)), [])
     return replace(prompt, document=prompt.document[:tokens])
 

@@ -30,7 +30,7 @@ class Text:
         name: of the file.
         pieces: the text of each token.
         n_before: tokens of the prompt before the document.
-        question: that was pinned there; empty if none was.
+        question: that the text was read for; empty if there was none.
     """
 
     name: str

@@ -69,17 +69,18 @@ def test_policies_side_by_side_in_json(tiny, fable, tmp_path):
         assert shown["key_bits"] == 4
 
 
-def test_a_question_is_pinned_and_probes(tiny, fable, tmp_path):
+@pytest.mark.parametrize(("more", "policies"), [((), ["probe"]), (("--policies", "window,knorm"), ["window", "knorm"])])
+def test_a_question_probes_or_is_pinned(tiny, fable, tmp_path, more, policies):
     out = ["--out", str(tmp_path / "asked.html"), "--json"]
-    options = ["-q", "Who woke?", "--budget", "330", "--window", "16"]
+    options = ["-q", "Who woke?", "--budget", "330", "--window", "16", *more]
     fields = last_json(run("inspect", str(fable), "--model", str(tiny), *options, *out))
     data = data_of(fields["path"])
-    assert [kept["policy"] for kept in data["runs"]] == ["probe"]
+    assert [kept["policy"] for kept in data["runs"]] == policies
     assert data["question"] == "Who woke?"
-    assert "Who woke?" in "".join(data["pieces"][: data["before"]])
+    assert ("Who woke?" in "".join(data["pieces"][: data["before"]])) == bool(more), "as ask puts it"
     assert data["runs"][0]["sinks"] == data["before"]
     gone = unpacked(data["runs"][0]["arrays"]["gone"])
-    assert (gone[:, : data["before"]] == gone.max()).all(), "the question stays"
+    assert (gone[:, : data["before"]] == gone.max()).all(), "what stands before the text stays"
 
 
 def test_the_name_of_the_page_and_standard_input(tiny, fable, tmp_path, monkeypatch):
