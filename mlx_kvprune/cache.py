@@ -14,7 +14,7 @@ from mlx_kvprune.attend import Attended, Mask, View, among_new, attend, backend
 from mlx_kvprune.batch import BatchPrunedKVCache
 from mlx_kvprune.policy import policy_for
 from mlx_kvprune.rope import Rope, Shared, Turning, position_scale, unrotate
-from mlx_kvprune.scorers import Held, Probe, RetentionProbe, Scorer, Seen
+from mlx_kvprune.scorers import Held, Probe, Scorer, Seen
 from mlx_kvprune.scorers.base import HEARD, State
 from mlx_kvprune.settings import CacheSettings
 from mlx_kvprune.slots import Contest, LayerSlots, PagedPool, Part, best_of_spans, order_key, plain
@@ -59,7 +59,7 @@ Gate = Callable[[mx.array], mx.array]
 
 def question_of(scorer: Scorer) -> Probe:
     """How a scorer that knows the question listens."""
-    assert isinstance(scorer, Probe | RetentionProbe)
+    assert scorer.probe is not None
     return scorer.probe
 
 
@@ -501,10 +501,10 @@ class PrunedKVCache:
         assert isinstance(pool, PagedPool)
         return pool.limit
 
-    def evictable(self, window: bool = True) -> mx.array:
-        """Which slots are neither sinks nor, if ``window`` counts, in the window ``(B, H_kv, S)``."""
+    def evictable(self, newest_too: bool = False) -> mx.array:
+        """Which slots are neither sinks nor, unless ``newest_too``, in the window ``(B, H_kv, S)``."""
         positions, settings = self.held.positions(), self.settings
-        newest = self.held.written - (settings.window or 0 if window else 0)
+        newest = self.held.written - (0 if newest_too else settings.window or 0)
         return (positions >= settings.n_sink) & (positions < newest)
 
     def hear(self, heard: mx.array) -> None:

@@ -8,7 +8,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -129,8 +129,8 @@ def settings_to_read(
     chosen = settings_for(placed(model, settings, prompt.n_tokens, max_tokens, where), prompt)
     if chosen.budget.tokens is not None and settings.policy != "full" and chosen.budget.tokens < chosen.smallest_budget:
         raise ValueError(
-            f"[{where}] the budget has no room for the question, which pins {chosen.n_sink} tokens, beside a ring of "
-            f"{chosen.ring_size}; got {chosen.budget.tokens}; try {chosen.smallest_budget + 64} or more"
+            f"[{where}] the budget has no room for the {chosen.n_sink} tokens before the text, which are pinned, beside a "
+            f"ring of {chosen.ring_size}; got {chosen.budget.tokens}; try {chosen.smallest_budget + 64} or more"
         )
     return chosen
 
@@ -161,11 +161,13 @@ class Reading:
         prompt: of the first question.
         cache: holds everything up to the end of the document.
         seconds: that reading took.
+        positions: which tokens lie in it, where it is an excerpt; else empty.
     """
 
     prompt: Prompt
     cache: list[Any]
     seconds: float
+    positions: list[int] = field(default_factory=list)
 
     def report(self, cache: list[Any]) -> CacheReport:
         """Of a cache that answers: this one, or a copy of it."""

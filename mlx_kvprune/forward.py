@@ -167,14 +167,14 @@ def listen(model: Call, caches: Any) -> None:
     """Let the question, if there is one, be heard of everything that an attached model's caches hold, the window, too."""
     bounded = pruned(caches)
     if bounded and bounded[0].settings.question:
-        probe(model, caches, bounded, window=False)
+        probe(model, caches, bounded, newest_too=True)
 
 
-def probe(call: Call, caches: Any, bounded: list[PrunedKVCache], window: bool = True) -> None:
+def probe(call: Call, caches: Any, bounded: list[PrunedKVCache], newest_too: bool = False) -> None:
     """Run the question's tokens as temporary queries over what is held; only the memory of the slots changes.
 
     Args:
-        window: whether what it hears of the window's tokens is left out, since they cannot be evicted.
+        newest_too: whether what it hears of the window's tokens counts, though they cannot be evicted.
     """
     question = mx.array(bounded[0].settings.question)[None]
     batch = bounded[0].held.ring.keys.shape[0]
@@ -183,7 +183,7 @@ def probe(call: Call, caches: Any, bounded: list[PrunedKVCache], window: bool = 
     _set_probing(bounded, True)
     try:
         call(mx.broadcast_to(question, (batch, question.shape[1])), cache=caches)
-        positions, evictable = [c.held.positions() for c in bounded], [c.evictable(window) for c in bounded]
+        positions, evictable = [c.held.positions() for c in bounded], [c.evictable(newest_too) for c in bounded]
         now = bounded[0].held.written
         memories = question_of(bounded[0].scorer).combined(
             [c.heard for c in bounded if c.heard is not None], positions, evictable, now
@@ -200,7 +200,7 @@ def probe(call: Call, caches: Any, bounded: list[PrunedKVCache], window: bool = 
 
 def _set_probing(bounded: Iterable[PrunedKVCache], on: bool) -> None:
     for cache in bounded:
-        cache.probing, cache.heard = on, None
+        cache.probing, cache.heard, cache.fetched = on, None, None  # a handle that stays would hold its cache
 
 
 def _copied(state: Any) -> Any:

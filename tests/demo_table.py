@@ -49,8 +49,8 @@ so was not run.
 The model was trained on 8,192 tokens, so a full cache cannot read this document. The ceiling is **the fable alone**:
 the full cache and the same prompt, but of the document only the fable that has the answer. `probe` reads everything
 for each question, which probes. `window` reads everything once, and each question is asked of a copy: what it keeps does
-not depend on the question. What they kept is read again before they answer. Both have positions in the cache
-(`--positions auto`).
+not depend on the question. What they kept is read again before they answer (`--reread`). Both have positions in the
+cache (`--positions auto`).
 
 The questions were chosen by what the model answers from the fable alone, and to spread over the document, before any
 bounded cache was run on it. 1,024 slots of 8 bits were tried after 512 slots had failed at a question (the brick).

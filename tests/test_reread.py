@@ -1,6 +1,8 @@
 """What a cache kept, read again: which tokens that is, and that the answer is a full cache's to those tokens alone."""
 
 import copy
+import gc
+import weakref
 
 import mlx.core as mx
 import numpy as np
@@ -11,10 +13,11 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 import mlx_kvprune as kvp
+from mlx_kvprune import reread
 from mlx_kvprune.attach import settings_from
 from mlx_kvprune.documents import read_into_cache
 from mlx_kvprune.forward import listen, pruned
-from mlx_kvprune.reread import LEAST, Again, chosen, merits, read_again, strung
+from mlx_kvprune.reread import LEAST, Reread, best_that_fit, places, read_again, strung
 
 WORDS = 97
 DOCUMENT, QUESTION = " ".join(f"{i * i % 89}" for i in range(260)), "3 5 8"
@@ -51,7 +54,11 @@ def after(model, cache: list, tokens: list[int]) -> np.ndarray:
     ("policy", "more"),
     [
         ("probe", {}),
+        ("probe", {"budget": 111}),
+        ("probe", {"budget": 119, "block": 32}),
+        ("probe", {"budget": 70}),
         ("probe", {"positions": "cache"}),
+        ("knorm", {"kv_bits": 8, "kv_group_size": 32, "kv_fine_tokens": 32, "kv_fine_bits": None, "budget": 200}),
         ("window", {}),
         ("snapkv", {"allocator": "head_adaptive", "budget": 200}),
         ("tova", {"allocator": "global", "budget": 200}),
@@ -63,7 +70,7 @@ def test_the_answer_is_a_full_caches_to_what_was_read_again(model, policy, more)
     reading = reading_of(model, policy, **more)
     tokens = reading.prompt.before + reading.prompt.document
     again = read_again(model, Numbers(), reading, max_tokens=8)
-    assert isinstance(again, Again)
+    assert isinstance(again, Reread)
     kept, whole = again.positions, again.prompt.before + again.prompt.document
     assert kept == sorted(set(kept))
     assert kept[0] >= len(again.prompt.before)
@@ -77,7 +84,7 @@ def test_the_answer_is_a_full_caches_to_what_was_read_again(model, policy, more)
 @pytest.mark.parametrize("more", [{"allocator": "pyramid", "budget": 160}, {"local_layers": "0"}])
 def test_layers_that_hold_less_evict_as_ever(model, more):
     again = read_again(model, Numbers(), reading_of(model, "knorm", **more), max_tokens=8)
-    assert isinstance(again, Again)
+    assert isinstance(again, Reread)
     after(model, again.cache, again.prompt.after)
     assert {c.evicted for c in pruned(again.cache)} == {False, True}
 
@@ -87,7 +94,7 @@ def test_few_bits_and_what_is_reported(model, bits):
     reading = reading_of(model, "probe", kv_bits=bits, kv_group_size=32)
     first, tokens = kvp.report(reading.cache), reading.prompt.before + reading.prompt.document
     again = read_again(model, Numbers(), reading)
-    assert isinstance(again, Again)
+    assert isinstance(again, Reread)
     assert reading.cache == [], "one cache lives at a time"
     after(model, again.cache, again.prompt.after)
     found = again.report(again.cache)
@@ -95,6 +102,25 @@ def test_few_bits_and_what_is_reported(model, bits):
     assert found.kv_bytes_peak == max(first.kv_bytes_peak, kvp.report(again.cache).kv_bytes_peak)
     assert found.kv_bytes_full == first.kv_bytes_full // len(tokens) * found.tokens_seen
     assert found.slots_held <= 120
+
+
+@pytest.mark.parametrize("policy", ["probe", "snapkv"])
+def test_one_cache_lives_at_a_time(model, policy, monkeypatch):
+    """Without the garbage collector: nothing that a question heard may hold the first cache."""
+    reading, made = reading_of(model, policy), reread.make_from_settings
+    first = [weakref.ref(c) for c in pruned(reading.cache)]
+    monkeypatch.setattr(
+        reread, "make_from_settings", lambda *given: made(*given) if not alive(first) else pytest.fail("two")
+    )
+    gc.disable()
+    try:
+        assert isinstance(read_again(model, Numbers(), reading), Reread)
+    finally:
+        gc.enable()
+
+
+def alive(some: list) -> int:
+    return sum(x() is not None for x in some)
 
 
 def test_what_holds_everything_is_left_as_it_is(model):
@@ -124,7 +150,7 @@ def test_listening_changes_nothing_that_is_held(model):
 def test_the_newest_tokens_are_heard_too(model):
     cache = reading_of(model, "probe").cache
     listen(model, cache)
-    heard = merits(cache)
+    heard = places(cache)
     written, window = len(heard), KEPT["window"]
     assert heard[written - window :].min() > 0
     assert len(np.unique(heard[written - window :])) > 1, "the window's tokens have places of their own"
@@ -141,13 +167,13 @@ def test_places_by_brute_force(model):
             for s, p in held:
                 expected[p] += sum((x, y) <= (s, p) for x, y in held) / len(held)
             heads += 1
-    np.testing.assert_allclose(merits(cache), expected / heads, rtol=1e-12)
+    np.testing.assert_allclose(places(cache), expected / heads, rtol=1e-12)
 
 
 @hypothesis_settings(deadline=None)
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=60), st.integers(0, 8), st.integers(-3, 70), st.integers(0, 3))
-def test_the_best_that_fit_are_chosen(merit, start, room, gap):
-    found = chosen(np.array(merit, float), start, room, gap)
+def test_the_best_that_fit_are_best_that_fit(merit, start, room, gap):
+    found = best_that_fit(np.array(merit, float), start, room, gap)
     assert found == sorted(set(found))
     assert all(i >= start and merit[i] > 0 for i in found)
     assert len(strung(found, found, [-1] * gap)) <= max(room, 0)

@@ -42,7 +42,7 @@ Reread = Annotated[
     typer.Option(
         "--reread/--no-reread",
         help="When the document was read, read what the cache kept of it once more, alone and in a row, and answer from that. "
-        "Default: where the question chose what is kept (probe); else one question is put before the document, too.",
+        "Default: where a question probes (probe, retention_probe). Without, one question stands before the document, too.",
         rich_help_panel="Cache",
     ),
 ]
@@ -87,12 +87,12 @@ def ask(
     wanted = cache.policy or ("probe" if len(questions) == 1 else SEVERAL)
     chosen = [replace(cache, policy=wanted), *(_instead(cache, p) for p in compare or [])]
     settings = [settings_of(c, sampling.seed) for c in chosen]
-    again = knows_question(wanted) if reread is None else reread
+    reread = any(knows_question(s.policy) for s in settings) if reread is None else reread
     text = "\n\n".join(documents.read(path) for path in files)
     loaded, tokenizer = load(model)
     runs = []
     for each in settings:
-        runs.append(_Asking(loaded, tokenizer, text, questions, each, sampling, again, silent=json))
+        runs.append(_Asking(loaded, tokenizer, text, questions, each, sampling, reread, silent=json))
         runs[-1].run(label=len(settings) > 1)
     if json:
         _write_json(model.model, runs)
@@ -151,10 +151,10 @@ class _Asking:
 
     def _read(self) -> None:
         from mlx_kvprune import attach, documents
-        from mlx_kvprune import reread as again
         from mlx_kvprune.attach import attachment_of
         from mlx_kvprune.cli.stream import fill_of
         from mlx_kvprune.progress import Bar
+        from mlx_kvprune.reread import read_again
 
         if attachment_of(self.model) is None:
             attach(self.model, policy="window", budget=None, quiet=True)
@@ -181,10 +181,11 @@ class _Asking:
             self.prompt_tokens = self.reading.prompt.n_tokens
             if self.reread:
                 began = time.monotonic()
-                self.reading = again.read_again(
+                self.reading = read_again(
                     self.model,
                     self.tokenizer,
                     self.reading,
+                    step=self.sampling.prefill_step_size,
                     max_tokens=self.sampling.max_tokens,
                     progress=functools.partial(show, what="reading again"),
                 )
@@ -208,28 +209,23 @@ class _Asking:
     def _summarize(self, cache: list[Any]) -> None:
         from mlx_kvprune.cli import output
 
-        report, run = self.reports[-1], self.answers[-1]
+        report, run, n = self.reports[-1], self.answers[-1], len(self.reading.positions)
         output.say(output.fill_line(report, cache), "dim")
         output.say(output.bytes_line(report), "dim")
         output.say(
             f"speed  read {self.read_tokens:,} tokens in {self.read_seconds:.1f} s "
             f"({self.read_tokens / self.read_seconds:.0f} tok/s)"
-            + (f", and {again:,} of them again" if (again := self._again) else "")
+            + (f", and {n:,} of them again in {self.reading.seconds - self.read_seconds:.1f} s" if n else "")
             + (f"; answered at {run.decode_tps:.1f} tok/s" if run.decode_tps else ""),
             "dim",
         )
-
-    @property
-    def _again(self) -> int:
-        """Tokens of the document that were read again."""
-        return len(getattr(self.reading, "positions", ()))
 
     def fields(self, model: str) -> dict[str, Any]:
         """The fields of ``--json``; ``text`` is the first answer."""
         from mlx_kvprune.cli import output
 
         fields = output.fields_of(model, self.reports[0], self.answers[0])
-        fields["prompt_tokens"], fields["reread_tokens"] = self.prompt_tokens, self._again
+        fields["prompt_tokens"], fields["reread_tokens"] = self.prompt_tokens, len(self.reading.positions)
         fields["generated_tokens"] = sum(run.generated_tokens for run in self.answers)
         fields["prefill_tps"] = round(self.read_tokens / self.read_seconds, 3)
         fields["ttft_s"] = round(self.reading.seconds + (self.answers[0].ttft_s or 0.0), 3)

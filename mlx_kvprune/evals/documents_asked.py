@@ -108,14 +108,15 @@ def _started(job: Job, prompt: Prompt, condition: Condition) -> tuple[list[Any],
 
 
 def fits(ways: Ways, job: Job, condition: Condition) -> None:
-    """Refuse a condition that has no room for a question pinned in front.
+    """Refuse a condition that has no room for what is pinned in front of the document.
 
     Raises:
         ValueError: it has not.
     """
     if not condition.is_full and any(reader is not read_once for _, reader, _ in ways(condition)):
         longest = max(KINDS, key=lambda kind: len(kind.verbatim[0])).verbatim[0].format(name=max(facts.NAMES, key=len))
-        before = prompt_for(job.tokenizer, "", longest, pinned=True).before  # longer than without the question
+        pinned = any(reader is read_for_each for _, reader, _ in ways(condition))
+        before = prompt_for(job.tokenizer, "", longest, pinned=pinned).before
         condition.caches(job.model, (0,), n_sink=max(N_SINK, len(before) + SPARE))
 
 

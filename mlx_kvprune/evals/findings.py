@@ -72,10 +72,11 @@ def _asked(share: str, rows: Sequence[Row]) -> Iterator[str]:
     """What is left of full's answers when documents are read for one question."""
     for row in rows:
         if row["task"] == "ask" and row["policy"] == "probe" and row["exact_full"]:
+            way = f"ask ({row['wording']})"
             kept = row["kept"] / row["exact_full"]
             aim = f", asked for: {ASKED[share]:.0%}" if share in ASKED else ""
             around = f"[{row['kept_low']:.0%}, {row['kept_high']:.0%}]"
-            yield f"**{share}**, ask: `{label(row)}` keeps {row['kept']} of {row['exact_full']} ({kept:.0%} {around}{aim})"
+            yield f"**{share}**, {way}: `{label(row)}` keeps {row['kept']} of {row['exact_full']} ({kept:.0%} {around}{aim})"
 
 
 def _not_counted(rows: Sequence[Row]) -> list[str]:

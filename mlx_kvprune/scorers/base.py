@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import mlx.core as mx
 
 from mlx_kvprune.numerics import softmax
+
+if TYPE_CHECKING:
+    from mlx_kvprune.scorers.probe import Probe
 
 State = dict[str, mx.array]
 HEARD = "heard"  # of a layer's state: what a question attended to of each slot (B, H_kv, S), while slots are chosen
@@ -87,6 +90,11 @@ class Scorer:
     needs: ClassVar[frozenset[str]] = frozenset()
     memory: ClassVar[bool] = False
     remembers_heard: ClassVar[bool] = False
+
+    @property
+    def probe(self) -> Probe | None:
+        """How a question that is known listens; None where it does not matter."""
+        return None
 
     @property
     def hears(self) -> bool:

@@ -181,6 +181,11 @@ class LayerSlots:
             return 0 if self.specs[0].sifted else self.specs[0].limit // self.block * self.block
         return self.pools[0].free // self.block * self.block
 
+    @property
+    def capacity(self) -> int:
+        """Tokens that it takes before one must go, where heads hold alike: sinks, ring, whole blocks of the pools."""
+        return self.n_sink + self.ring_size + sum(spec.limit for spec in self.specs) // self.block * self.block
+
     def free_at_all(self) -> int:
         """Slots per KV head that are free in any pool."""
         return sum(pool.free for pool in self.pools)
