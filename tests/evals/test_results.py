@@ -70,8 +70,8 @@ def test_what_is_left_of_fulls_answers_is_said(tmp_path):
         answers("ask", "probe", 1, 1, 1, 0, 1),
         answers("ask", "probe", 1, 0, 0, 0, 0, share="1/8"),
     )
-    assert "**1/4**, ask: `probe` keeps 3 of 4 (75% [30%, 95%], asked for: 95%)" in text
-    assert "**1/8**, ask: `probe` keeps 1 of 4 (25% [5%, 70%], asked for: 90%)" in text
+    assert "**1/4**, ask (w): `probe` keeps 3 of 4 (75% [30%, 95%], asked for: 95%)" in text
+    assert "**1/8**, ask (w): `probe` keeps 1 of 4 (25% [5%, 70%], asked for: 90%)" in text
     assert text.index("**1/4**") < text.index("**1/8**")
 
 
