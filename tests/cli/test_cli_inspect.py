@@ -124,7 +124,7 @@ def test_bad_files(tmp_path, tiny, fable):
     one_line(run("inspect", str(tmp_path)), r"\[inspect\] .* is a folder")
     (tmp_path / "binary").write_bytes(b"\x7fELF\x00\x00\xff")
     one_line(run("inspect", str(tmp_path / "binary")), r"\[inspect\] .* is not text")
-    asked = ["-q", "Who? " * 40, "--model", str(tiny), *SMALL]
+    asked = ["-q", "Who? " * 40, "--policy", "window", "--model", str(tiny), *SMALL]
     one_line(
         run("inspect", str(fable), *asked), r"\[inspect\] the budget has no room for the \d+ tokens before the text"
     )
