@@ -165,7 +165,7 @@ class _Asking:
                 speed = done / max(1e-6, time.monotonic() - began)
                 bar(f"{what}, {speed:.0f} tok/s{fill_of(cache)}", done, total)
 
-            self.reading = documents.read_into_cache(
+            self.first = self.reading = documents.read_into_cache(
                 self.model,
                 self.tokenizer,
                 self.text,
@@ -176,15 +176,12 @@ class _Asking:
                 max_tokens=self.sampling.max_tokens,
                 progress=show,
             )
-            self.read_tokens = len(self.reading.prompt.before) + len(self.reading.prompt.document)
-            self.read_seconds = self.reading.seconds
-            self.prompt_tokens = self.reading.prompt.n_tokens
             if self.reread:
                 began = time.monotonic()
                 self.reading = read_again(
                     self.model,
                     self.tokenizer,
-                    self.reading,
+                    self.first,
                     step=self.sampling.prefill_step_size,
                     max_tokens=self.sampling.max_tokens,
                     progress=functools.partial(show, what="reading again"),
@@ -209,25 +206,33 @@ class _Asking:
     def _summarize(self, cache: list[Any]) -> None:
         from mlx_kvprune.cli import output
 
-        report, run, n = self.reports[-1], self.answers[-1], len(self.reading.positions)
+        report, run, seconds, again = (
+            self.reports[-1],
+            self.answers[-1],
+            self.first.seconds,
+            len(self.reading.positions),
+        )
         output.say(output.fill_line(report, cache), "dim")
         output.say(output.bytes_line(report), "dim")
         output.say(
-            f"speed  read {self.read_tokens:,} tokens in {self.read_seconds:.1f} s "
-            f"({self.read_tokens / self.read_seconds:.0f} tok/s)"
-            + (f", and {n:,} of them again in {self.reading.seconds - self.read_seconds:.1f} s" if n else "")
+            f"speed  read {self.read_tokens:,} tokens in {seconds:.1f} s ({self.read_tokens / seconds:.0f} tok/s)"
+            + (f", and {again:,} of them again in {self.reading.seconds - seconds:.1f} s" if again else "")
             + (f"; answered at {run.decode_tps:.1f} tok/s" if run.decode_tps else ""),
             "dim",
         )
+
+    @property
+    def read_tokens(self) -> int:
+        return len(self.first.prompt.before) + len(self.first.prompt.document)
 
     def fields(self, model: str) -> dict[str, Any]:
         """The fields of ``--json``; ``text`` is the first answer."""
         from mlx_kvprune.cli import output
 
         fields = output.fields_of(model, self.reports[0], self.answers[0])
-        fields["prompt_tokens"], fields["reread_tokens"] = self.prompt_tokens, len(self.reading.positions)
+        fields["prompt_tokens"], fields["reread_tokens"] = self.first.prompt.n_tokens, len(self.reading.positions)
         fields["generated_tokens"] = sum(run.generated_tokens for run in self.answers)
-        fields["prefill_tps"] = round(self.read_tokens / self.read_seconds, 3)
+        fields["prefill_tps"] = round(self.read_tokens / self.first.seconds, 3)
         fields["ttft_s"] = round(self.reading.seconds + (self.answers[0].ttft_s or 0.0), 3)
         fields["answers"] = [{"question": q, "text": a.text} for q, a in zip(self.questions, self.answers, strict=True)]
         return fields
