@@ -124,7 +124,7 @@ def settings_to_read(
         where: names the verb in an error.
 
     Raises:
-        ValueError: the text is too long, or the budget has no room for the question.
+        ValueError: the text is too long, or the budget has no room for what stands before it.
     """
     chosen = settings_for(placed(model, settings, prompt.n_tokens, max_tokens, where), prompt)
     if chosen.budget.tokens is not None and settings.policy != "full" and chosen.budget.tokens < chosen.smallest_budget:
@@ -161,7 +161,7 @@ class Reading:
         prompt: of the first question.
         cache: holds everything up to the end of the document.
         seconds: that reading took.
-        positions: which tokens lie in it, where it is an excerpt; else empty.
+        positions: which tokens were read, in order, where it is an excerpt of a longer text; else empty.
     """
 
     prompt: Prompt

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -36,11 +36,9 @@ class Reread(Reading):
 
     Attributes:
         first: of the cache that read the document.
-        positions: which tokens of the document were read again, in its order.
     """
 
     first: CacheReport
-    positions: list[int] = field(default_factory=list)
 
     def report(self, cache: list[Any]) -> CacheReport:
         """Of a cache that answers, with what was seen and held before it."""

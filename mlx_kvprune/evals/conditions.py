@@ -15,7 +15,7 @@ import numpy as np
 from mlx_kvprune.attach import gates_of, hooked, make_cache, settings_from
 from mlx_kvprune.forward import leaves
 from mlx_kvprune.policy import POLICIES, find, knows_question
-from mlx_kvprune.report import report
+from mlx_kvprune.report import CacheReport, report
 from mlx_kvprune.settings import Budget
 
 CONTROLS = ("full", "window", "random")
@@ -248,8 +248,12 @@ def held(caches: list[Any]) -> dict[str, int]:
 
     Layers that are left alone (sliding window, recurrent) hold the same for every policy, and are not counted.
     """
-    found = report(caches).to_dict()
-    return {name: found[name] for name in SIZES}
+    return sizes(report(caches))
+
+
+def sizes(found: CacheReport) -> dict[str, int]:
+    """The fields of ``SIZES``."""
+    return {name: getattr(found, name) for name in SIZES}
 
 
 def settle(caches: list[Any]) -> None:

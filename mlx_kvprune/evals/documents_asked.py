@@ -20,10 +20,11 @@ import numpy as np
 from mlx_kvprune.documents import Prompt, Reading, prompt_for
 from mlx_kvprune.evals import facts, hay, judge, questions
 from mlx_kvprune.evals.asking import Ask, Outcome, encode, forced
-from mlx_kvprune.evals.conditions import CHUNK, SIZES, Condition, feed, held
+from mlx_kvprune.evals.conditions import CHUNK, Condition, feed, sizes
 from mlx_kvprune.evals.job import Job, Measured, Task, Tick
 from mlx_kvprune.evals.questions import Trial
 from mlx_kvprune.forward import pruned
+from mlx_kvprune.report import CacheReport, report
 from mlx_kvprune.reread import read_again
 
 # How a condition reads: its name, or empty where outcomes say it; how; and whether for each question anew.
@@ -59,16 +60,22 @@ def read_for_each(job: Job, trial: Trial, condition: Condition) -> Iterator[Outc
     """Read with the question in front, once for each question."""
     for ask in trial.asks:
         prompt = prompt_for(job.tokenizer, trial.text, ask.question, pinned=True)
-        pinned = {} if condition.is_full else {"n_sink": max(N_SINK, len(prompt.before))}
-        caches = condition.caches(job.model, prompt.after, **pinned)
+        caches = _caches(job, prompt, condition)
         feed(job.model, prompt.before + prompt.document, caches)
         yield _outcome(job, ask, prompt.after, prompt.n_tokens, caches)
 
 
-def _outcome(job: Job, ask: Ask, after: list[int], n_tokens: int, caches: list[Any]) -> Outcome:
+def _outcome(
+    job: Job,
+    ask: Ask,
+    after: list[int],
+    n_tokens: int,
+    caches: list[Any],
+    told: Callable[[list[Any]], CacheReport] = report,
+) -> Outcome:
     ids = [*after, *encode(job.tokenizer, ask.opening)]
     judged = forced(job.model, ids, encode(job.tokenizer, " " + ask.answer), caches)
-    return {"kind": ask.wording, "prompt_tokens": n_tokens, **judged, **held(caches)}
+    return {"kind": ask.wording, "prompt_tokens": n_tokens, **judged, **sizes(told(caches))}
 
 
 def read_as_asked(job: Job, trial: Trial, condition: Condition) -> Iterator[Outcome]:
@@ -89,15 +96,18 @@ def read_as_asked(job: Job, trial: Trial, condition: Condition) -> Iterator[Outc
             readings = [first, read_again(job.model, job.tokenizer, Reading(prompt, caches, 0.0), max_tokens=ANSWER)]
         for wording, reading in zip((AS_HELD, AGAIN), readings, strict=True):
             cache = copy.deepcopy(reading.cache)
-            outcome = _outcome(job, ask, prompt.after, prompt.n_tokens, cache)
-            found = reading.report(cache).to_dict()
-            yield {"wording": wording, **outcome, **{name: found[name] for name in SIZES}}
+            yield {"wording": wording, **_outcome(job, ask, prompt.after, prompt.n_tokens, cache, reading.report)}
+
+
+def _caches(job: Job, prompt: Prompt, condition: Condition) -> list[Any]:
+    """Fresh ones, in which what stands before the document is pinned."""
+    pins = {} if condition.is_full else {"n_sink": max(N_SINK, len(prompt.before))}
+    return condition.caches(job.model, prompt.after, **pins)
 
 
 def _started(job: Job, prompt: Prompt, condition: Condition) -> tuple[list[Any], int]:
     """A cache that read what it can before it evicts, and how many tokens that is."""
-    pins = {} if condition.is_full else {"n_sink": max(N_SINK, len(prompt.before))}
-    caches, done, tokens = condition.caches(job.model, prompt.after, **pins), 0, prompt.before + prompt.document
+    caches, done, tokens = _caches(job, prompt, condition), 0, prompt.before + prompt.document
     while done < len(tokens):
         more = copy.deepcopy(caches)
         feed(job.model, tokens[done : done + CHUNK], more)
