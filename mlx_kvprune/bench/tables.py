@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 from mlx_kvprune.bench.rows import BATCH, CONTEXT, Row
+from mlx_kvprune.evals import tables
 
 Table = tuple[list[str], list[list[str]]]
 
@@ -56,15 +58,9 @@ def batch_table(rows: Sequence[Row]) -> Table:
     return header, cells
 
 
-def as_markdown(title: str, header: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    return f"**{title}**\n\n{drawn(header, cells)}\n"
-
-
-def drawn(header: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
-    """The lines of a table in Markdown."""
-    lines = [header, ["---:", "---", *("---:" for _ in header[2:])], *cells]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+# In Markdown: a size first, then a name.
+as_markdown = functools.partial(tables.as_markdown, first="---:")
+drawn = functools.partial(tables.drawn, first="---:")
 
 
 def _spread(values: Sequence[float] | None, form: str) -> str:

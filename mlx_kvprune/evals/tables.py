@@ -125,12 +125,12 @@ def fixed(x: float, form: str) -> str:
     return f"{round(x, 3) + 0.0:{form}}"
 
 
-def as_markdown(heading: str, header: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
-    """A table in Markdown."""
-    return f"**{heading}**\n\n{drawn(header, cells)}\n"
+def as_markdown(heading: str, header: Sequence[str], cells: Iterable[Sequence[str]], first: str = "---") -> str:
+    """A table in Markdown; ``first`` rules how its first column is aligned."""
+    return f"**{heading}**\n\n{drawn(header, cells, first)}\n"
 
 
-def drawn(header: Sequence[str], cells: Iterable[Sequence[str]]) -> str:
+def drawn(header: Sequence[str], cells: Iterable[Sequence[str]], first: str = "---") -> str:
     """The lines of a table in Markdown."""
-    lines = [header, ["---", "---", *("---:" for _ in header[2:])], *cells]
+    lines = [header, [first, "---", *("---:" for _ in header[2:])], *cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
