@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 
 from mlx_kvprune.quantize import Frame
-from mlx_kvprune.slots.choose import Exchange, grouped
+from mlx_kvprune.slots.choose import Exchange, grouped, order_key
 from mlx_kvprune.slots.format import Format, RowDict
 from mlx_kvprune.slots.parts import Part
 from mlx_kvprune.slots.ring import Tokens
@@ -23,8 +23,8 @@ class Writes:
         n: tokens that came.
         slots: which rows are written ``(B, H_kv, m)``.
         rows: what is written.
-        losers: the ``n`` tokens that the pool did not keep, if they were asked for.
-        scores: retention scores of the losers ``(B, H_kv, n)``.
+        losers: the tokens that the pool did not keep ``(B, H_kv, n - free)``, if they were asked for.
+        scores: retention scores of the losers, likewise.
         lost: whether a token is lost to this pool.
     """
 
@@ -235,7 +235,10 @@ class Pool:
     def _losers(
         self, pairs: Exchange, tokens: Tokens, slot_scores: mx.array, scores: mx.array
     ) -> tuple[Tokens, mx.array]:
-        """Of each pair the one that lost, then the tokens that met no slot; with their scores."""
+        """Of each pair the one that lost, then the tokens that met no slot; with their scores.
+
+        Slots that were never filled lose to every token, and are not handed on.
+        """
         assert self.format.granule == 1, "pages are not handed on"
         keys, values = (self.format.rows_of(self.rows, name).decoded(self.format.dtype) for name in ("keys", "values"))
 
@@ -253,7 +256,7 @@ class Pool:
         losers = Tokens(
             lost(keys, tokens.keys), lost(values, tokens.values), memory, lost(self.positions, tokens.positions)
         )
-        return losers, lost(slot_scores, scores)
+        return _without_worst(losers, lost(slot_scores, scores), self.free)
 
     def _empty(self, start: int, stop: int) -> mx.array:
         """Positions of empty slots: negative, and rising, so that the first empty slot is the first to be filled."""
@@ -283,6 +286,16 @@ def _of_pairs(held: mx.array, new: mx.array, pairs: Exchange, take_new: mx.array
     """Of each pair, the token's row where ``take_new``, else the slot's own ``(B, H_kv, m, row)``."""
     old = mx.take_along_axis(held, pairs.slots[..., None], axis=2)
     return mx.where(take_new[..., None], mx.take_along_axis(new, pairs.leaving[..., None], axis=2), old)
+
+
+def _without_worst(tokens: Tokens, scores: mx.array, n: int) -> tuple[Tokens, mx.array]:
+    """Without the ``n`` of lowest score and position; with the scores of the others."""
+    if not n:
+        return tokens, scores
+    rest = mx.argsort(order_key(scores, tokens.positions), axis=-1)[..., n:]
+    of = lambda x: mx.take_along_axis(x, rest if x.ndim == 3 else rest[..., None], axis=2)
+    memory = None if tokens.memory is None else of(tokens.memory)
+    return Tokens(of(tokens.keys), of(tokens.values), memory, of(tokens.positions)), of(scores)
 
 
 def _longer(x: mx.array, extra: int) -> mx.array:
