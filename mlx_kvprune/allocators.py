@@ -132,7 +132,9 @@ def floor_pages(pages: int, heads: int, settings: CacheSettings, protected: int 
     return min(max(safeguard, wanted), pages // heads)
 
 
-def share_pages(ranked: Sequence[np.ndarray], pages: int, floor: int, units: int) -> np.ndarray:
+def share_pages(
+    ranked: Sequence[np.ndarray], pages: int, floor: int, units: int, most: int | None = None
+) -> np.ndarray:
     """Pages to heads, so that the pages with the best middle slots are held.
 
     The flat top-k of Ada-KV in whole pages: a head's candidates, best first, are cut into pages; a page is worth its
@@ -143,13 +145,14 @@ def share_pages(ranked: Sequence[np.ndarray], pages: int, floor: int, units: int
         pages: how many there are.
         floor: pages of every head that are not up for competition.
         units: candidates that fill a page.
+        most: pages that one head may have; None for any number.
 
     Returns:
         Pages of each head, ``pages`` in all, or fewer if the candidates do not fill them.
     """
     heads, worth, first = [], [], []
     for head, keys in enumerate(ranked):
-        n = -(-len(keys) // units)
+        n = -(-len(keys) // units) if most is None else min(most, -(-len(keys) // units))
         middle = np.minimum(np.arange(n) * units + units // 2, max(0, len(keys) - 1))
         heads.append(np.full(n, head))
         worth.append(keys[middle])

@@ -9,6 +9,7 @@ Nothing of a model's forward pass is copied. Three things are put in, and taken 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import sys
@@ -25,10 +26,11 @@ from mlx_kvprune.cache import PrunedKVCache
 from mlx_kvprune.forward import forward, pruned
 from mlx_kvprune.gates import Gates
 from mlx_kvprune.gates import files as gate_files
-from mlx_kvprune.ladder import Rung, find_rung, why_unranked
+from mlx_kvprune.ladder import Rung, find_rung, trained_context, why_unranked
 from mlx_kvprune.policy import Policy, find, policy_for
 from mlx_kvprune.rope import check_rankable, find_rope
-from mlx_kvprune.settings import Budget, CacheSettings
+from mlx_kvprune.scorers import Scorer
+from mlx_kvprune.settings import DEFAULT_BLOCK, Budget, CacheSettings
 from mlx_kvprune.vlm import check_call, decoder, of_mlx_vlm, plain_caches
 
 SMALL_PARAMETER = 8192  # numbers of a parameter that is small enough to be hashed
@@ -137,7 +139,7 @@ def settings_from(**named: Any) -> CacheSettings:
 def make_from_settings(model: nn.Module, settings: CacheSettings) -> list[Any]:
     """The model's own list of caches, every plain ``KVCache`` replaced by a bounded one."""
     attachment: Attachment = model.__dict__[SLOT]
-    policy, settings = policy_for(with_local(model, settings))
+    policy, settings = policy_for(with_block(model, with_local(model, settings)))
     slots, dense = slots_for(model, settings), attachment.rung.name == "uniform"
     if policy.scorer is None:
         return _stock_caches(model)
@@ -146,7 +148,9 @@ def make_from_settings(model: nn.Module, settings: CacheSettings) -> list[Any]:
 
     def make(layer: int) -> PrunedKVCache:
         cache = PrunedKVCache(settings, None if slots is None else slots[layer], layer, dense)
-        cache.frame = 0 if slots is None else max(slots) * _most_times(settings, most_heads, len(slots))
+        cache.longest = trained_context(model) if settings.positions == "cache" else None
+        most = 0 if slots is None else max(slots) * _most_times(settings, most_heads, len(slots))
+        cache.frame = most if cache.longest is None else min(most, max(cache.longest, max(slots or [0])))
         cache.alone, cache.lends = attachment.rung.unbatched, attachment.rung.lends
         cache.rope, cache.model_id = find_rope(attachment.rung.layers[layer].attention), identity
         _tell_gate(model, cache)
@@ -196,10 +200,31 @@ def slots_for(model: nn.Module, settings: CacheSettings) -> list[int] | None:
         gates_of(model, settings)
     if settings.positions == "cache" and (reason := cannot_rank(model)):
         raise ValueError(f"[positions] {reason}; try --positions text")
-    shapes = [layer.shape for layer in attachment.rung.layers]
-    states = [policy.scorer.state_nbytes(s.n_heads, s.key_dim) for s in shapes]
-    states[0] += policy.scorer.shared_nbytes(attachment.rung.vocab)
-    return slots_per_layer(shapes, settings, policy.scorer.memory, states)
+    return _slots_of(attachment.rung, policy.scorer, with_block(model, settings))
+
+
+def _slots_of(rung: Rung, scorer: Scorer, settings: CacheSettings) -> list[int] | None:
+    shapes = [layer.shape for layer in rung.layers]
+    states = [scorer.state_nbytes(s.n_heads, s.key_dim) for s in shapes]
+    states[0] += scorer.shared_nbytes(rung.vocab)
+    return slots_per_layer(shapes, settings, scorer.memory, states)
+
+
+def with_block(model: nn.Module, settings: CacheSettings) -> CacheSettings:
+    """The settings with the block that a budget in bytes has room for, which is that of as many slots as it comes to."""
+    policy, settings = policy_for(settings)
+    if settings.block is not None or policy.scorer is None:
+        return settings
+    rung = model.__dict__[SLOT].rung
+    heads = [layer.shape.n_kv_heads for layer in rung.layers]
+    for block in range(policy.most_block(settings), DEFAULT_BLOCK, -DEFAULT_BLOCK):
+        larger = settings.but(block=block)
+        with contextlib.suppress(ValueError):  # too small for such a ring
+            slots = _slots_of(rung, policy.scorer, larger) or []
+            held = sum(n * one for n, one in zip(heads, slots, strict=True)) // sum(heads)
+            if policy.block_at(held, settings) >= block:
+                return larger
+    return settings.but(block=DEFAULT_BLOCK)
 
 
 def with_local(model: nn.Module, settings: CacheSettings) -> CacheSettings:
@@ -310,6 +335,7 @@ def tell_ropes(model: nn.Module, bounded: list[PrunedKVCache]) -> None:
             raise ValueError(f"[load] saved with another model; got {cache.model_id}; try it with that model")
         if cache.layer < len(attachment.rung.layers):
             cache.lends = attachment.rung.lends
+            cache.longest = trained_context(model) if cache.settings.positions == "cache" else None
             cache.rope = find_rope(attachment.rung.layers[cache.layer].attention)
             _tell_gate(model, cache)
 

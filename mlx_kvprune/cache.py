@@ -16,7 +16,7 @@ from mlx_kvprune.policy import policy_for
 from mlx_kvprune.rope import Rope, Shared, Turning, position_scale, unrotate
 from mlx_kvprune.scorers import Held, Probe, Scorer, Seen
 from mlx_kvprune.scorers.base import HEARD, State
-from mlx_kvprune.settings import CacheSettings
+from mlx_kvprune.settings import PAGE, CacheSettings
 from mlx_kvprune.slots import Contest, LayerSlots, PagedPool, Part, best_of_spans, order_key, plain
 from mlx_kvprune.storage import pool_specs
 
@@ -113,6 +113,7 @@ class PrunedKVCache:
         self.lends = True  # whether later layers ask for ``keys_and_values``; ``attach`` knows
         self.asked = False  # whether one did
         self.alone = ""  # why the model cannot be batched, if it cannot
+        self.longest: int | None = None  # positions that the model was trained for, where those in the cache are meant
         self.model_id = ""  # says whose keys these are
         self._rope: Shared | None = None
         self._gate: Shared | None = None
@@ -333,9 +334,14 @@ class PrunedKVCache:
             self.turns = (*self.turns, self.held.written)
 
     @property
+    def arrays(self) -> dict[str, mx.array]:
+        """All that is held, by name: what of ``state`` there is to evaluate."""
+        return {**self.held.arrays(), **{f"signal.{name}": x for name, x in self.signals.items()}}
+
+    @property
     def state(self) -> tuple[Any, ...]:
         """Leaves that mlx-lm can evaluate and save: a line of JSON, then arrays."""
-        arrays = {**self.held.arrays(), **{f"signal.{name}": x for name, x in self.signals.items()}}
+        arrays = self.arrays
         meta = {
             "settings": self.settings.to_json(),
             "slots": self.slots,
@@ -344,6 +350,7 @@ class PrunedKVCache:
             "numbers": self.held.numbers(),
             "arrays": list(arrays),
             "peak": self.nbytes_peak,
+            "peak_all": self.nbytes_peak_all,
             "seen": self.tokens_seen,
             "offset": self.offset,
             "frame": self.frame,
@@ -351,6 +358,7 @@ class PrunedKVCache:
             "scale": self.scale,
             "heads": self.n_heads,
             "model": self.model_id,
+            "alone": self.alone,
         }
         return (json.dumps(meta), *arrays.values())
 
@@ -363,6 +371,7 @@ class PrunedKVCache:
         self.nbytes_peak, self.tokens_seen, self.offset = meta["peak"], meta["seen"], meta["offset"]
         self.frame, self.turns, self.scale = meta["frame"], tuple(meta["turns"]), meta["scale"]
         self.n_heads, self.model_id, self._rope = meta["heads"], meta["model"], rope
+        self.nbytes_peak_all, self.alone = meta["peak_all"], meta["alone"]
         self._gate = gate
         arrays = dict(zip(meta["arrays"], leaves[1:], strict=True))
         signals = {name: arrays.pop(name) for name in list(arrays) if name.startswith("signal.")}
@@ -492,7 +501,7 @@ class PrunedKVCache:
         pool = self.held.last
         assert isinstance(pool, PagedPool)
         floor = floor_pages(self.page_limit, pool.heads, self.settings, self.protected)
-        return share_pages(contest.candidates.ranked, self.page_limit, floor, pool.units)
+        return share_pages(contest.candidates.ranked, self.page_limit, floor, pool.units, self.most_pages)
 
     @property
     def page_limit(self) -> int:
@@ -500,6 +509,13 @@ class PrunedKVCache:
         pool = self.held.last
         assert isinstance(pool, PagedPool)
         return pool.limit
+
+    @property
+    def most_pages(self) -> int | None:
+        """Pages that one head may have, where positions are those in the cache: the model was not trained for more."""
+        if self.longest is None:
+            return None
+        return max(1, (self.longest - self.held.ring_size - self.held.n_sink - self.settings.kv_fine_tokens) // PAGE)
 
     def evictable(self, newest_too: bool = False) -> mx.array:
         """Which slots are neither sinks nor, unless ``newest_too``, in the window ``(B, H_kv, S)``."""

@@ -2,33 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from mlx_kvprune.attach import cannot_rank
+from mlx_kvprune.ladder import trained_context
 from mlx_kvprune.settings import CacheSettings
-
-NAMES = ("max_position_embeddings", "max_seq_len", "max_sequence_length", "n_positions", "n_ctx", "seq_length")
-
-
-def trained_context(model: Any) -> int | None:
-    """The longest text in tokens that the model's configuration names, or None if it names none."""
-    for config in _configs(model):
-        for name in NAMES:
-            value = config.get(name)
-            if isinstance(value, int) and value > 0:
-                return value
-    return None
-
-
-def _configs(model: Any) -> Iterator[dict[str, Any]]:
-    for owner in (model, getattr(model, "language_model", None), getattr(model, "model", None)):
-        for name in ("args", "config"):
-            args = getattr(owner, name, None)
-            config = args if isinstance(args, dict) else getattr(args, "__dict__", {})
-            yield config
-            text = config.get("text_config")
-            yield text if isinstance(text, dict) else getattr(text, "__dict__", {})
 
 
 def placed(model: Any, settings: CacheSettings, prompt_tokens: int, max_tokens: int, where: str) -> CacheSettings:

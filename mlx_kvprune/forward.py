@@ -80,7 +80,7 @@ def settle(bounded: list[PrunedKVCache]) -> None:
         if cache.planned is None and cache.held.evicts_next():
             cache.planned = cache.contest()
     planned = [c for c in due if c.planned is not None]
-    mx.eval([_contest_arrays(c) for c in planned], [c.state for c in due])
+    mx.eval([_contest_arrays(c) for c in planned], [c.arrays for c in due])
     open_ones = [c for c in planned if c.planned is not None and c.planned.candidates is not None]
     for cache, pages in zip(open_ones, _shares(open_ones), strict=True):
         assert cache.planned is not None
@@ -104,7 +104,7 @@ def _shares(caches: list[PrunedKVCache]) -> list[Any]:
     ranked = [keys for x in contests if x and x.candidates for keys in x.candidates.ranked]
     pages = sum(c.page_limit for c in caches)
     floor = floor_pages(pages, len(ranked), caches[0].settings, caches[0].protected)
-    shares = share_pages(ranked, pages, floor, PAGE // caches[0].held.last.format.granule)
+    shares = share_pages(ranked, pages, floor, PAGE // caches[0].held.last.format.granule, caches[0].most_pages)
     return np.split(shares, np.cumsum(heads)[:-1])
 
 
@@ -128,7 +128,7 @@ def _in_steps(call: Call, inputs: mx.array, caches: Any, bounded: list[PrunedKVC
         if isinstance(bounded[0].scorer, Surprise):
             note_surprise(bounded, inputs[:, span], logits_of(output))
         if total > 1:
-            mx.eval([c.state for c in leaves(caches)])
+            mx.eval([c.arrays if isinstance(c, PrunedKVCache) else c.state for c in leaves(caches)])
         _note_peak(bounded)
         out.append(output)
         start = span.stop
@@ -190,7 +190,7 @@ def probe(call: Call, caches: Any, bounded: list[PrunedKVCache], newest_too: boo
         )
         for cache, memory in zip(bounded, memories, strict=True):
             cache.hear(memory)
-        mx.eval([c.state for c in bounded])
+        mx.eval([c.arrays for c in bounded])
     finally:
         _set_probing(bounded, False)
         for cache, state in zip(others, before, strict=True):

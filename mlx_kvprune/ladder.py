@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +27,7 @@ from mlx_kvprune.vlm import logits_of, of_mlx_vlm, why_unbounded
 
 Wrap = Callable[[int], Any]
 FAR = 1000  # a position at which a trial text starts
+TRAINED = ("max_position_embeddings", "max_seq_len", "max_sequence_length", "n_positions", "n_ctx", "seq_length")
 
 # Types whose layers keep a second list of keys that must name the same slots as the first: they cannot be told apart from
 # layers with two attentions by trying.
@@ -255,3 +256,23 @@ def _one_line(error: Exception) -> str:
     return (
         text[:160] if isinstance(error, ValueError | NotImplementedError) else f"{type(error).__name__}: {text}"[:160]
     )
+
+
+def trained_context(model: Any) -> int | None:
+    """The longest text in tokens that the model's configuration names, or None if it names none."""
+    for config in _configs(model):
+        for name in TRAINED:
+            value = config.get(name)
+            if isinstance(value, int) and value > 0:
+                return value
+    return None
+
+
+def _configs(model: Any) -> Iterator[dict[str, Any]]:
+    for owner in (model, getattr(model, "language_model", None), getattr(model, "model", None)):
+        for name in ("args", "config"):
+            args = getattr(owner, name, None)
+            config = args if isinstance(args, dict) else getattr(args, "__dict__", {})
+            yield config
+            text = config.get("text_config")
+            yield text if isinstance(text, dict) else getattr(text, "__dict__", {})

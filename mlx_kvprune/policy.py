@@ -36,14 +36,27 @@ class Policy:
     gates: str = ""
 
     def completed(self, settings: CacheSettings) -> CacheSettings:
-        """The settings with what the user left open filled in."""
+        """The settings with what the user left open filled in; but for the block of a budget in bytes, which is a matter of
+        how many slots they are (``attach.with_block``)."""
         if settings.allocator == "auto":
             settings = settings.but(allocator=self.allocator)
-        window = self.window if settings.window is None else settings.window
-        wanted = max(self.block, GLOBAL_BLOCK if settings.allocator == "global" else 0)
-        tokens = settings.budget.tokens or 4 * wanted
-        block = max(DEFAULT_BLOCK, min(wanted, tokens // 4 // DEFAULT_BLOCK * DEFAULT_BLOCK))
-        return settings.but(window=window, block=block if settings.block is None else settings.block)
+        if settings.window is None:
+            settings = settings.but(window=self.window)
+        if settings.block is None and settings.budget.nbytes is None:
+            wanted = self.most_block(settings)
+            settings = settings.but(block=self.block_at(settings.budget.tokens or 4 * wanted, settings))
+        return settings
+
+    def most_block(self, settings: CacheSettings) -> int:
+        """Tokens between two upkeeps, where the budget has room for them."""
+        return max(self.block, GLOBAL_BLOCK if settings.allocator == "global" else 0)
+
+    def block_at(self, tokens: int, settings: CacheSettings) -> int:
+        """Tokens between two upkeeps with a budget of ``tokens`` per KV head, which has room for them."""
+        for block in range(self.most_block(settings), DEFAULT_BLOCK, -DEFAULT_BLOCK):
+            if block <= tokens // 4 and settings.but(block=block).smallest_budget <= tokens:
+                return block
+        return DEFAULT_BLOCK
 
 
 POLICIES = {

@@ -55,8 +55,9 @@ class CacheSettings:
         window: newest tokens that are never evicted. None lets the policy choose.
         block: tokens between two upkeeps; the hot ring holds ``window + block`` tokens. None lets the policy choose.
         positions: ``text``: keys stay as the model rotated them. ``cache``: a token's position is its rank in the cache,
-            so that texts may be longer than the model's trained context. ``auto``: ``text``, unless ``ask``, ``generate``
-            or ``chat`` see that the text becomes longer than that (``attach`` cannot know: ``text``).
+            so that texts may be longer than the model's trained context. ``auto``: ``text``, unless ``ask`` or
+            ``generate`` see that the text becomes longer than that, or ``chat``, which has no end, can have the other
+            (``attach`` cannot know: ``text``).
         store: ``kv``: keys and values are stored.
         kv_bits: bits of stored keys and values (8, 6, 5, 4, 3, 2); None stores them in the model's own type.
         kv_key_bits: bits of keys alone, over ``kv_bits``.

@@ -133,27 +133,28 @@ def contests(draw):
     pages = draw(st.integers(max(1, floor * len(counts)), 30))
     keys = np.random.default_rng(draw(st.integers(0, 9999))).permutation(sum(counts)).astype(np.int64)
     parts = np.split(keys, np.cumsum(counts)[:-1])
-    return [np.sort(x)[::-1] for x in parts], pages, floor, units
+    most = draw(st.one_of(st.none(), st.integers(max(1, floor), 6)))
+    return [np.sort(x)[::-1] for x in parts], pages, floor, units, most
 
 
 @at_leisure
 @given(contests())
 def test_share_pages_is_ada_kv_in_whole_pages(contest):
-    """Floor first; then page by page to the head whose next page is worth most."""
-    ranked, pages, floor, units = contest
-    has = [-(-len(keys) // units) for keys in ranked]
+    """Floor first; then page by page to the head whose next page is worth most, if it may have one more."""
+    ranked, pages, floor, units, most = contest
+    has = [min(-(-len(keys) // units), most or len(keys)) for keys in ranked]
     expected = [min(floor, n) for n in has]
     worth = lambda h: ranked[h][min(expected[h] * units + units // 2, len(ranked[h]) - 1)]
     while sum(expected) < pages and (open_ones := [h for h in range(len(ranked)) if expected[h] < has[h]]):
         expected[max(open_ones, key=worth)] += 1
-    assert share_pages(ranked, pages, floor, units).tolist() == expected
+    assert share_pages(ranked, pages, floor, units, most).tolist() == expected
 
 
 @at_leisure
 @given(contests())
 def test_share_pages_of_one_slot_is_the_flat_top_k(contest):
     """Ada-KV without a safeguard: the best of all heads together."""
-    ranked, pages, _, _ = contest
+    ranked, pages, *_ = contest
     best = set(np.sort(np.concatenate(ranked))[::-1][:pages].tolist())
     assert share_pages(ranked, pages, 0, 1).tolist() == [len(best & set(keys.tolist())) for keys in ranked]
 

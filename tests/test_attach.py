@@ -12,8 +12,9 @@ from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 import mlx_kvprune as kvp
-from mlx_kvprune.attach import SLOT, attachment_of
+from mlx_kvprune.attach import SLOT, attachment_of, settings_from
 from mlx_kvprune.forward import leaves, pruned
+from mlx_kvprune.storage import layer_nbytes
 
 REFUSED = {
     "deepseek_v32",
@@ -199,6 +200,28 @@ def test_byte_budgets_are_kept_everything_counted():
         with pytest.raises(ValueError, match="too small"):
             kvp.make_cache(model, policy=policy, budget="9KB")
     kvp.detach(model)
+
+
+@pytest.mark.parametrize("tokens", [150, 300, 600])
+@pytest.mark.parametrize(("policy", "more"), [("probe", {"question": (3, 4)}), ("knorm", {"allocator": "global"})])
+def test_a_budget_in_bytes_has_the_block_of_as_many_slots(policy, more, tokens):
+    model = zoo.tiny_model("llama")
+    named = {"policy": policy, "window": 16, **more}
+    plain = pruned(kvp.make_cache(model, budget=tokens, **named))
+    shapes = [layer.shape for layer in kvp.attach(model, quiet=True).rung.layers]
+    memory = plain[0].scorer.memory
+    nbytes = sum(layer_nbytes(shape, plain[0].settings, tokens, memory, 0) for shape in shapes)
+    same = pruned(kvp.make_cache(model, budget=f"{int(nbytes) + 200}B", **named))
+    assert (
+        [c.settings.block for c in same] == [c.settings.block for c in plain] == [min(128, tokens // 4 // 32 * 32)] * 2
+    )
+    assert [c.slots for c in same] == [c.slots for c in plain]
+    kvp.detach(model)
+
+
+def test_the_block_leaves_room_for_the_window():
+    blocks = {tokens: settings_from(policy="dms", budget=tokens).block for tokens in (324, 330, 400, 600)}
+    assert blocks == {324: 32, 330: 32, 400: 96, 600: 128}, "dms has a window of 256"
 
 
 def test_report_of_stock_and_bounded_caches():

@@ -3,14 +3,16 @@
 import io
 
 import mlx.core as mx
+import numpy as np
 import pytest
 import tiny_models as zoo
 
 import mlx_kvprune as kvp
-from mlx_kvprune.attach import settings_from
-from mlx_kvprune.context import placed, trained_context
+from mlx_kvprune.attach import make_from_settings, settings_from
+from mlx_kvprune.context import placed
 from mlx_kvprune.documents import prefill, prompt_for, read, settings_for
 from mlx_kvprune.forward import pruned
+from mlx_kvprune.ladder import trained_context
 from mlx_kvprune.settings import CacheSettings
 
 
@@ -118,4 +120,24 @@ def test_prefill_reports_progress():
     prefill(model, list(range(100)), cache, step=40, progress=lambda done, total, _: seen.append((done, total)))
     assert seen == [(40, 100), (80, 100), (100, 100)]
     assert mx.array(pruned(cache)[0].offset) == 100
+    kvp.detach(model)
+
+
+@pytest.mark.parametrize("allocator", ["global", "head_adaptive"])
+def test_no_head_holds_more_than_the_model_was_trained_for(allocator):
+    """One head wins every contest; positions in the cache must still be ones that the model knows."""
+    model = zoo.tiny_model("llama")
+    kvp.attach(model, quiet=True)
+    settings = settings_from(policy="knorm", budget=450, allocator=allocator, positions="auto", head_floor=0.0)
+    chosen = placed(model, settings, 1200, 10, "ask")
+    assert chosen.positions == "cache"
+    for layer in model.layers:  # one head's keys are small
+        weight = layer.self_attn.k_proj.weight
+        layer.self_attn.k_proj.weight = mx.concatenate([weight[:32] * 1e-3, weight[32:]])
+    cache = make_from_settings(model, chosen)
+    prefill(model, np.random.default_rng(0).integers(0, 128, 1200).tolist(), cache, step=100)
+    limit = trained_context(model)
+    most = max(int((np.array(c.held.positions()[0]) >= 0).sum(axis=-1).max()) for c in pruned(cache))
+    assert 450 < most <= limit
+    assert all(c.offset <= limit for c in pruned(cache))
     kvp.detach(model)

@@ -116,6 +116,27 @@ def test_mlx_lm_saves_and_loads_them(store, tmp_path):
     kvp.detach(model)
 
 
+@pytest.mark.parametrize("store", ["ragged", "global"])
+def test_the_most_that_was_held_is_saved(store, tmp_path):
+    model = attached(store)
+    cache = model.make_cache()
+    read(model, cache, text(700))
+    kvp.save_cache(tmp_path / "c.safetensors", cache)
+    loaded = kvp.load_cache(tmp_path / "c.safetensors", model)
+    assert kvp.report(loaded).kv_bytes_peak == kvp.report(cache).kv_bytes_peak
+    kvp.detach(model)
+
+
+def test_that_a_model_must_not_be_batched_is_saved(tmp_path):
+    model = attached("as they are", "afm7")
+    cache = model.make_cache()
+    read(model, cache, text(60))
+    kvp.save_cache(tmp_path / "c.safetensors", cache)
+    for caches in (cache, kvp.load_cache(tmp_path / "c.safetensors", model)):
+        assert not all(hasattr(c, "merge") for c in caches)
+    kvp.detach(model)
+
+
 def test_foreign_models_are_refused(tmp_path):
     """Other weights of the same shapes, another type, another length."""
     model = attached("as they are")
@@ -403,6 +424,29 @@ def test_queries_that_a_scorer_remembers_are_turned_with_the_keys():
         found = np.take_along_axis(np.array(c.scorer.score(held, c.signals)), order, 2)
         scores.append(found[live].reshape(2, -1)[:, :150])
     np.testing.assert_allclose(scores[0], scores[1], rtol=1e-3, atol=1e-5)
+    kvp.detach(model)
+
+
+@pytest.mark.parametrize("close", [False, True])
+def test_statistics_of_queries_outlive_what_they_were_asked_of(close):
+    """expected_attention: what comes after a dropped span, as far from the queries as before, is worth what it was worth."""
+    model = tiny_model("llama", num_hidden_layers=1)
+    kvp.attach(model, "expected_attention", 600, quiet=True)
+    cache = model.make_cache()
+    read(model, cache, text(400))
+
+    def shares(after: int) -> np.ndarray:
+        """Scores of the tokens from a position on, by position, as shares of their sum ``(2, n)``."""
+        held = cache[0].everything()
+        order = np.argsort(np.array(held.positions), axis=2)
+        scores = np.take_along_axis(np.array(cache[0].scorer.score(held, cache[0].signals)), order, 2)
+        later = np.take_along_axis(np.array(held.positions), order, 2) >= after
+        scores = scores[later].reshape(2, -1)
+        return scores / scores.sum(axis=1, keepdims=True)
+
+    before = shares(350)
+    kvp.drop(cache, 50, 350, close=close)
+    np.testing.assert_allclose(shares(50 if close else 350), before, rtol=2e-3)
     kvp.detach(model)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_kvprune.attach import hooked, make_cache, make_from_settings, settings_from, slots_for
+from mlx_kvprune.attach import hooked, make_cache, make_from_settings, settings_from, slots_for, with_block
 from mlx_kvprune.bench.variants import parsed
 from mlx_kvprune.forward import leaves
 from mlx_kvprune.policy import policy_for
@@ -72,7 +72,7 @@ def _settings(variant: str, budget: str) -> CacheSettings:
 
 
 def _ours(model: Any, variant: str, shapes: Sequence[LayerShape], budget: str) -> Candidate:
-    policy, settings = policy_for(_settings(variant, budget))
+    policy, settings = policy_for(with_block(model, _settings(variant, budget)))
     slots, scorer, full = slots_for(model, settings), policy.scorer, _of_rows(shapes)
     make = lambda: make_from_settings(model, settings)
     if scorer is None or slots is None:

@@ -120,7 +120,7 @@ def prepare(options: ModelOptions, amount: Amount, who: Who, out: Path | None) -
 
 
 def _beyond(model: Any, longest: int) -> list[str]:
-    from mlx_kvprune.context import trained_context
+    from mlx_kvprune.ladder import trained_context
 
     limit = trained_context(model)
     if limit is None or longest <= limit:

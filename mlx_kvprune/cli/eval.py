@@ -201,9 +201,9 @@ def prepare(model: ModelOptions, wanted: dict[str, Any], data: Sequence[Path], s
     Raises:
         ValueError: what was asked for makes no sense, or the model's trained context is too short.
     """
-    from mlx_kvprune.context import trained_context
     from mlx_kvprune.evals.job import Job
     from mlx_kvprune.evals.texts import loaded
+    from mlx_kvprune.ladder import trained_context
 
     grid, documents = grid_of(wanted), loaded(data)
     grid.conditions(wanted["tokens"], seed)

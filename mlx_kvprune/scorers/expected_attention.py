@@ -41,13 +41,13 @@ class ExpectedAttention(Scorer):
         if queries.shape[2] == 0:
             return state
         plain = (unrotate(seen.rope, queries, start) if seen.turned else queries).astype(mx.float32)
-        new = {"sum": plain.sum(axis=2), "outer": plain.swapaxes(-1, -2) @ plain}
+        new = {"sum": plain.sum(axis=2), "outer": plain.swapaxes(-1, -2) @ plain, "count": mx.array([plain.shape[2]])}
         if "turn" in state:
             return {**state, **{name: state[name] + x for name, x in new.items()}}
         return {**new, "turn": mean_rotation(seen.rope, queries.shape[-1], self.future)}
 
     def score(self, held: Held, state: State) -> mx.array:
-        n = max(1, held.now - self.n_sink)
+        n = mx.maximum(state["count"], 1)
         turn = rotated(held.rope, state["turn"], held.next)
         mean = state["sum"] / n
         spread = state["outer"] / n - mean[..., :, None] * mean[..., None, :]
@@ -66,7 +66,7 @@ class ExpectedAttention(Scorer):
         return weights * mx.linalg.norm(held.values.astype(mx.float32), axis=-1)
 
     def state_nbytes(self, n_heads: int, head_dim: int) -> int:
-        return 4 * (n_heads * head_dim * (head_dim + 1) + head_dim * head_dim)
+        return 4 * (n_heads * head_dim * (head_dim + 1) + head_dim * head_dim + 1)
 
 
 def mean_rotation(rope: Rope, width: int, future: int) -> mx.array:

@@ -12,9 +12,9 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_kvprune.attach import hooked
-from mlx_kvprune.context import trained_context
 from mlx_kvprune.gates import Gates
 from mlx_kvprune.gates import files as gate_files
+from mlx_kvprune.ladder import trained_context
 from mlx_kvprune.training import checkpoint
 from mlx_kvprune.training.about import Ran, card_of
 from mlx_kvprune.training.calibrate import Quality, as_saved
