@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mlx_kvprune.cli.cache_options import Budget, CacheOptions, settings_of
+from mlx_kvprune.cli.cache_options import Budget, CacheOptions, settings_of, with_effect
 from mlx_kvprune.cli.options import Json, ModelOptions, SamplingOptions, load, spread
 from mlx_kvprune.settings import CacheSettings
 
@@ -30,7 +30,8 @@ Questions = Annotated[
         "--question",
         "-q",
         metavar="TEXT",
-        help="What you want to know. With one question the document is read with it in mind; with several it is read once.",
+        help="What you want to know. With one question the document is read with it in mind; with several it is read once, "
+        "or, by policies that probe, once for each.",
     ),
 ]
 Compare = Annotated[
@@ -99,12 +100,12 @@ def ask(
 
 
 def _instead(cache: AskCache, policy: str) -> AskCache:
-    """The same cache with another policy; without a bound where that keeps everything."""
+    """The same cache with another policy, whose own options it has; without a bound where that keeps everything."""
     from mlx_kvprune.policy import find
 
     if find(policy).scorer is None:
         return AskCache(policy=policy)  # type: ignore[arg-type]
-    return replace(cache, policy=policy, policy_option=None)
+    return with_effect(replace(cache, policy=policy, policy_option=None))
 
 
 def _questions(given: list[str] | None) -> list[str]:
@@ -128,19 +129,27 @@ class _Asking:
         reread: bool,
         silent: bool,
     ):
+        from mlx_kvprune.policy import knows_question
+
         self.model, self.tokenizer, self.text, self.questions = model, tokenizer, text, questions
         self.settings, self.sampling, self.silent = settings, sampling, silent
-        self.reread, self.pinned = reread, len(questions) == 1 and not reread
+        self.for_each = knows_question(settings.policy) or len(questions) == 1
+        self.reread, self.pinned = reread, self.for_each and not reread
         self.answers: list[Any] = []
         self.reports: list[Any] = []
+        self.prompt_tokens, self.first_seconds = 0, 0.0  # of the first question
+        self.read_tokens, self.read_seconds = 0, 0.0
+        self.again_tokens, self.again_seconds = 0, 0.0
 
     def run(self, label: bool) -> None:
         """Read, then answer each question; ``label`` says which policy is speaking."""
         from mlx_kvprune.cli import output
 
-        self._read()
-        cache = self.reading.cache
+        cache: list[Any] = []
         for number, question in enumerate(self.questions):
+            if self.for_each or number == 0:
+                cache.clear()  # of the question before
+                self._read(question)
             if not self.silent and (label or len(self.questions) > 1):
                 output.write(f"{self.settings.policy}: " if label else "")
                 output.write(f"{question} " if len(self.questions) > 1 else "")
@@ -149,7 +158,8 @@ class _Asking:
         if not self.silent:
             self._summarize(cache)
 
-    def _read(self) -> None:
+    def _read(self, question: str) -> None:
+        """Read for this question, or for this and those that follow."""
         from mlx_kvprune import attach, documents
         from mlx_kvprune.attach import attachment_of
         from mlx_kvprune.cli.stream import fill_of
@@ -165,11 +175,11 @@ class _Asking:
                 speed = done / max(1e-6, time.monotonic() - began)
                 bar(f"{what}, {speed:.0f} tok/s{fill_of(cache)}", done, total)
 
-            self.first = self.reading = documents.read_into_cache(
+            first = self.reading = documents.read_into_cache(
                 self.model,
                 self.tokenizer,
                 self.text,
-                self.questions[0],
+                question,
                 self.settings,
                 pinned=self.pinned,
                 step=self.sampling.prefill_step_size,
@@ -181,11 +191,17 @@ class _Asking:
                 self.reading = read_again(
                     self.model,
                     self.tokenizer,
-                    self.first,
+                    first,
                     step=self.sampling.prefill_step_size,
                     max_tokens=self.sampling.max_tokens,
                     progress=functools.partial(show, what="reading again"),
                 )
+        self.prompt_tokens = self.prompt_tokens or first.prompt.n_tokens
+        self.first_seconds = self.first_seconds or self.reading.seconds
+        self.read_tokens += len(first.prompt.before) + len(first.prompt.document)
+        self.read_seconds += first.seconds
+        self.again_tokens += len(self.reading.positions)
+        self.again_seconds += self.reading.seconds - first.seconds
 
     def _answer(self, number: int) -> list[Any]:
         import copy
@@ -195,9 +211,10 @@ class _Asking:
         from mlx_kvprune.documents import prompt_for
 
         reading, question = self.reading, self.questions[number]
-        last = number == len(self.questions) - 1
+        last = self.for_each or number == len(self.questions) - 1
         cache = reading.cache if last else copy.deepcopy(reading.cache)
-        after = reading.prompt.after if number == 0 else prompt_for(self.tokenizer, "", question, pinned=False).after
+        own = self.for_each or number == 0
+        after = reading.prompt.after if own else prompt_for(self.tokenizer, "", question, pinned=False).after
         write = (lambda text: None) if self.silent else output.write
         self.answers.append(stream(self.model, self.tokenizer, after, cache, self.sampling, write))
         write("\n")
@@ -206,34 +223,26 @@ class _Asking:
     def _summarize(self, cache: list[Any]) -> None:
         from mlx_kvprune.cli import output
 
-        report, run, seconds, again = (
-            self.reports[-1],
-            self.answers[-1],
-            self.first.seconds,
-            len(self.reading.positions),
-        )
+        report, run, again = self.reports[-1], self.answers[-1], self.again_tokens
         output.say(output.fill_line(report, cache), "dim")
         output.say(output.bytes_line(report), "dim")
         output.say(
-            f"speed  read {self.read_tokens:,} tokens in {seconds:.1f} s ({self.read_tokens / seconds:.0f} tok/s)"
-            + (f", and {again:,} of them again in {self.reading.seconds - seconds:.1f} s" if again else "")
+            f"speed  read {self.read_tokens:,} tokens in {self.read_seconds:.1f} s "
+            + f"({self.read_tokens / self.read_seconds:.0f} tok/s)"
+            + (f", and {again:,} of them again in {self.again_seconds:.1f} s" if again else "")
             + (f"; answered at {run.decode_tps:.1f} tok/s" if run.decode_tps else ""),
             "dim",
         )
-
-    @property
-    def read_tokens(self) -> int:
-        return len(self.first.prompt.before) + len(self.first.prompt.document)
 
     def fields(self, model: str) -> dict[str, Any]:
         """The fields of ``--json``; ``text`` is the first answer."""
         from mlx_kvprune.cli import output
 
         fields = output.fields_of(model, self.reports[0], self.answers[0])
-        fields["prompt_tokens"], fields["reread_tokens"] = self.first.prompt.n_tokens, len(self.reading.positions)
+        fields["prompt_tokens"], fields["reread_tokens"] = self.prompt_tokens, self.again_tokens
         fields["generated_tokens"] = sum(run.generated_tokens for run in self.answers)
-        fields["prefill_tps"] = round(self.read_tokens / self.first.seconds, 3)
-        fields["ttft_s"] = round(self.reading.seconds + (self.answers[0].ttft_s or 0.0), 3)
+        fields["prefill_tps"] = round(self.read_tokens / self.read_seconds, 3)
+        fields["ttft_s"] = round(self.first_seconds + (self.answers[0].ttft_s or 0.0), 3)
         fields["answers"] = [{"question": q, "text": a.text} for q, a in zip(self.questions, self.answers, strict=True)]
         return fields
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import difflib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from mlx_kvprune.cli.options import option
 from mlx_kvprune.settings import CacheSettings
@@ -82,7 +82,10 @@ Sinks = Annotated[
 Window = Annotated[
     int | None,
     option(
-        "--window", panel=CACHE, metavar="N", help="Newest tokens that are never evicted. Default: the policy's, 64."
+        "--window",
+        panel=CACHE,
+        metavar="N",
+        help="Newest tokens that are never evicted. Default: the policy's own (see `policies`).",
     ),
 ]
 PolicyOption = Annotated[
@@ -183,6 +186,7 @@ class CacheOptions:
     kv_fine_bits: KVFineBits = None
 
 
+Options = TypeVar("Options", bound=CacheOptions)
 BIT_FIELDS = ("kv_bits", "kv_key_bits", "kv_value_bits")
 NOT_FIELDS = ("sinks", "policy_option")  # of ``CacheSettings``: these have another name or form there
 
@@ -193,15 +197,25 @@ def settings_of(options: CacheOptions, seed: int = 0, **more: Any) -> CacheSetti
     Raises:
         ValueError: unknown policy or option, a nonsensical value, or an option that would have no effect.
     """
-    from mlx_kvprune.attach import settings_from
-
-    named = {f.name: getattr(options, f.name) for f in fields(CacheOptions) if f.name not in NOT_FIELDS}
-    chosen = policy_options(options.policy, options.policy_option or [])
-    settings = settings_from(**named, n_sink=options.sinks, seed=seed, options=chosen, **more)
+    settings = _unchecked(options, seed, **more)
     for name, value, why in without_effect(settings):
         raise ValueError(f"[{name.replace('_', '-')}] would have no effect; got {value}; try {why}")
     check_budget(settings)
     return settings
+
+
+def with_effect(options: Options) -> Options:
+    """The options without those that change nothing beside the others."""
+    idle = {name: CacheOptions.__dataclass_fields__[name].default for name, *_ in without_effect(_unchecked(options))}
+    return replace(options, **idle)
+
+
+def _unchecked(options: CacheOptions, seed: int = 0, **more: Any) -> CacheSettings:
+    from mlx_kvprune.attach import settings_from
+
+    named = {f.name: getattr(options, f.name) for f in fields(CacheOptions) if f.name not in NOT_FIELDS}
+    chosen = policy_options(options.policy, options.policy_option or [])
+    return settings_from(**named, n_sink=options.sinks, seed=seed, options=chosen, **more)
 
 
 def without_effect(settings: CacheSettings) -> Iterator[tuple[str, Any, str]]:
@@ -313,8 +327,8 @@ def context_limit(model: nn.Module, cache: list[Any]) -> int | None:
 
     It is the model's trained context, unless positions are those in the cache and stay below it.
     """
-    from mlx_kvprune.context import trained_context
     from mlx_kvprune.forward import pruned
+    from mlx_kvprune.ladder import trained_context
 
     limit, bounded = trained_context(model), pruned(cache)
     if limit is None or not bounded:

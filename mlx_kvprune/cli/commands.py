@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from mlx_kvprune.cli import output, saved
 from mlx_kvprune.cli.cache_options import check_budget, fields_of
 from mlx_kvprune.cli.stream import Stop
+from mlx_kvprune.settings import CacheSettings
 
 if TYPE_CHECKING:
     from mlx_kvprune.cli.chat import Chat
@@ -108,24 +109,31 @@ def load(chat: Chat, rest: str) -> None:
 
 
 def policy(chat: Chat, rest: str) -> None:
-    from mlx_kvprune.attach import settings_from
-    from mlx_kvprune.policy import find
-
     name, _, budget = rest.partition(" ")
     if not name:
         raise ValueError(f"[policy] which; got none; try /policy NAME BUDGET (now {chat.talk.settings.policy})")
-    before = chat.talk.settings
-    own = before.allocator == find(before.policy).allocator  # was not asked for: the new policy may have another
-    open_again = {"options": (), "block": None, "gates": "", **({"allocator": "auto"} if own else {})}
-    named = fields_of(before.but(**open_again)) | {"policy": name}
-    if budget.strip():
-        named["budget"] = budget.strip()
-    settings = settings_from(**named)
+    settings = changed(chat.talk.settings, name, budget.strip())
     check_budget(settings)
     with Stop() as stop:
         chat.talk.change(settings, stop)
     output.say(f"{settings.described()}; the history was read again")
     _say_rest(chat)
+
+
+def changed(before: CacheSettings, name: str, budget: str = "") -> CacheSettings:
+    """The settings with another policy, which has its own of what was not asked for; and another budget, if one is given."""
+    from mlx_kvprune.attach import settings_from
+    from mlx_kvprune.policy import find
+
+    named = fields_of(before.but(options=(), block=None, gates="")) | {"policy": name}
+    for field, left_open in (("allocator", "auto"), ("window", None)):
+        if getattr(before, field) == getattr(
+            find(before.policy), field
+        ):  # was not asked for: the new policy has its own
+            named[field] = left_open
+    if budget:
+        named["budget"] = budget
+    return settings_from(**named)
 
 
 def leave(chat: Chat, rest: str) -> None:

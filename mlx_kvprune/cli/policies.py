@@ -23,8 +23,10 @@ def policies(json: Json = False) -> None:
     if json:
         output.write_json({"policies": [_fields_of(policy) for policy in POLICIES.values()]})
         return
-    rows = [("NAME", "KEEPS", "ALLOCATOR", "GATES", "OPTIONS")]
-    rows += [(p.name, p.summary, p.allocator, "needed" if p.gates else "", _spelled(p)) for p in POLICIES.values()]
+    rows = [("NAME", "KEEPS", "WINDOW", "ALLOCATOR", "GATES", "OPTIONS")]
+    for p in POLICIES.values():
+        window = str(p.window) if p.scorer is not None else ""
+        rows.append((p.name, p.summary, window, p.allocator, "needed" if p.gates else "", _spelled(p)))
     output.table(rows)
 
 
@@ -33,7 +35,12 @@ def _spelled(policy: Any) -> str:
 
 
 def _fields_of(policy: Any) -> dict[str, Any]:
-    more = {"allocator": policy.allocator, "needs_gates": bool(policy.gates), "options": _options(policy)}
+    more = {
+        "window": policy.window,
+        "allocator": policy.allocator,
+        "needs_gates": bool(policy.gates),
+        "options": _options(policy),
+    }
     return {"name": policy.name, "summary": policy.summary, **more}
 
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from cli_helpers import run
+
+from mlx_kvprune.cli.ask import AskCache, _instead
 
 SMALL = ("--budget", "150", "--max-tokens", "5")
 FABLE = "A lion woke. A mouse ran over him. The lion was angry. He let the mouse go. " * 12
@@ -77,6 +80,22 @@ def test_several_questions_read_once_and_answer_like_one_alone(tiny, fable):
     assert both["policy"] == "snapkv"
     other = last_json(run(*ask, "-q", "Who ran?", "-q", "Who woke?"))
     assert {a["question"]: a["text"] for a in both["answers"]} == {a["question"]: a["text"] for a in other["answers"]}
+
+
+def test_policies_that_probe_read_once_for_each_question(tiny, fable):
+    ask = ["ask", fable, "--model", str(tiny), "--budget", "400", "--max-tokens", "8", "--policy", "probe", "--json"]
+    both = last_json(run(*ask, "-q", "Who woke?", "-q", "Who ran?"))
+    alone = [last_json(run(*ask, "-q", question)) for question in ("Who woke?", "Who ran?")]
+    assert [a["text"] for a in both["answers"]] == [a["text"] for a in alone]
+    assert both["reread_tokens"] == sum(a["reread_tokens"] for a in alone) > 0
+    assert both["prompt_tokens"] == alone[0]["prompt_tokens"]
+
+
+def test_comparison_leaves_out_what_the_other_policy_has_no_use_for():
+    given = AskCache(policy="retention", gates="mine.safetensors", head_floor=0.3, kv_bits=4, policy_option=["share=0"])
+    assert _instead(given, "window") == AskCache(policy="window", kv_bits=4)
+    assert _instead(replace(given, allocator="global"), "window").head_floor == 0.3
+    assert _instead(given, "spkv").gates == "mine.safetensors"
 
 
 def test_comparison_with_other_policies(tiny, fable):

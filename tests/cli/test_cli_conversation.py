@@ -11,6 +11,7 @@ from cli_helpers import TEMPLATE, tiny_llama
 from mlx_kvprune import session
 from mlx_kvprune.attach import settings_from
 from mlx_kvprune.cli import saved
+from mlx_kvprune.cli.commands import changed
 from mlx_kvprune.cli.conversation import Conversation
 from mlx_kvprune.cli.options import SamplingOptions
 from mlx_kvprune.cli.stream import Stop
@@ -209,6 +210,13 @@ def test_change_of_policy(loaded):
     assert talk.cache[0].size() <= 128 < talk.seen
     say(talk, "Two")
     assert_consistent(talk)
+
+
+def test_another_policy_has_its_own_of_what_was_not_asked_for():
+    plain = changed(settings_from(policy="snapkv", budget=900), "retention")
+    assert (plain.window, plain.allocator) == (16, "global")
+    asked = changed(settings_from(policy="snapkv", budget=900, window=100, allocator="pyramid"), "probe", "700")
+    assert (asked.window, asked.allocator, asked.budget.tokens) == (100, "pyramid", 700)
 
 
 def test_failure_in_a_forward_pass_loses_only_the_turn(loaded):
