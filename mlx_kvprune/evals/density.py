@@ -1,7 +1,8 @@
 """Density: which share of its tokens each head keeps, by kind and length of text, and how much whole caches are compressed.
 
-It is for policies whose size depends on the text. **None of today's does**: what heads share under ``head_adaptive`` and
-``global`` is a fixed sum, so that only its distribution over heads can depend on the text. ``spread`` is the standard deviation
+It is for policies whose size depends on the text: those with a threshold (``spkv``, ``dms``; ``kvzap`` and ``fastkvzip`` if
+they are given one). What heads share under ``head_adaptive`` and ``global`` is a fixed sum otherwise, so that only its
+distribution over heads depends on the text. ``spread`` is the standard deviation
 of heads' densities, ``moves`` how far a head's density differs between texts of one length (mean over heads).
 """
 
@@ -21,7 +22,7 @@ from mlx_kvprune.evals.texts import CHARS_PER_TOKEN
 from mlx_kvprune.forward import pruned
 
 LENGTHS = (4, 2, 1)  # parts of the longest
-NOTE = "density: no policy's size depends on the text yet; only how heads share it (head_adaptive, global)"
+NOTE = "density: sizes depend on the text where a threshold decides (spkv, dms); else only how heads share them"
 
 
 @dataclass(frozen=True)

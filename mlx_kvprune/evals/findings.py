@@ -13,11 +13,16 @@ from mlx_kvprune.evals.frontier import label
 from mlx_kvprune.evals.tables import fixed, interval
 
 Row = dict[str, Any]
+ENOUGH = 50  # trials
 ASKED = {"1/4": 0.95, "1/8": 0.90, "1/16": 0.75}  # of what the full cache answers, ``ask`` is to answer so much
 
 
 def findings(rows: Sequence[Row]) -> list[str]:
-    """Sentences in Markdown; empty if no row was measured at a fraction of the text."""
+    """Sentences in Markdown; empty if no row was measured at a fraction of the text.
+
+    Args:
+        rows: of one model; ``table`` tells apart those of different tables.
+    """
     bounded = [row for row in rows if row["policy"] != "full" and row.get("share")]
     shares = sorted({row["share"] for row in bounded}, key=Fraction, reverse=True)
     found = []
@@ -28,44 +33,51 @@ def findings(rows: Sequence[Row]) -> list[str]:
 
 
 def _predictions(share: str, rows: Sequence[Row]) -> Iterator[str]:
-    """Of each length of text and each data: the least KL, and whether it is told apart from ``window``."""
+    """Of each length of text, each data and each precision: the least KL, and whether it is told apart from ``window``."""
     rows = [row for row in rows if row["task"] == "fidelity"]
-    for tokens, data in sorted({(row["tokens"], row.get("data", "")) for row in rows}):
-        mine = [row for row in rows if (row["tokens"], row.get("data", "")) == (tokens, data)]
+    kind = lambda row: (row["tokens"], row.get("data", ""), row.get("kv_bits") or 0)
+    for tokens, data, bits in sorted({kind(row) for row in rows}):
+        mine = [row for row in rows if kind(row) == (tokens, data, bits)]
         named = [row for row in mine if row["policy"] not in CONTROLS]
         if not named:
             continue
         best = min(named, key=lambda row: row["kl"])
         text = f"**{share}** of {tokens:,} tokens{f' ({data})' if data else ''}, predictions: `{label(best)}`, "
         text += f"KL {interval(best, 'kl', '.3f')} nats from full, NLL {interval(best, 'nll_change', '+.3f')}"
-        window = _window(mine)
+        window = _window(mine, best)
         yield text + (f"; {_against(best, window)}" if window else "")
 
 
-def _window(rows: Sequence[Row]) -> Row | None:
-    """The control, in the model's own type."""
-    return next((row for row in rows if row["policy"] == "window" and label(row) == "window"), None)
+def _window(rows: Sequence[Row], best: Row) -> Row | None:
+    """The control in the precision of the best, of the same table if that has one."""
+    controls = [row for row in rows if row["policy"] == "window" and row.get("kv_bits") == best.get("kv_bits")]
+    return next((row for row in controls if row.get("table") == best.get("table")), next(iter(controls), None))
 
 
 def _against(best: Row, window: Row) -> str:
     apart = "intervals apart" if best["kl_high"] < window["kl_low"] else "intervals overlap"
     better = "" if best["kl"] < window["kl"] else "**no better than** "
-    return f"{better}`window` {interval(window, 'kl', '.3f')} ({apart})"
+    return f"{better}`{label(window)}` {interval(window, 'kl', '.3f')} ({apart})"
 
 
 def _answers(share: str, rows: Sequence[Row]) -> Iterator[str]:
-    """Of each task and wording that counts: the most exact answers."""
+    """Of each task, wording and table that counts: the most exact answers."""
     counting = [row for row in rows if row.get("counts") and row["task"] != "ask"]
-    for task, wording in dict.fromkeys((row["task"], row["wording"]) for row in counting):
-        mine = [row for row in counting if (row["task"], row["wording"]) == (task, wording)]
+    kind = lambda row: (row["task"], row["wording"], row.get("table"))
+    for task, wording, table in dict.fromkeys(kind(row) for row in counting):
+        mine = [row for row in counting if kind(row) == (task, wording, table)]
         best = max(mine, key=lambda row: (row["score"], row["logprob"]))
-        window = _window(mine)
-        against = f"; `window` {window['exact']}/{window['trials']}" if window else ""
-        few = "" if best["trials"] >= 50 else "; fewer than 50 trials: a direction, not a measure"
+        window = _window(mine, best)
+        against = "" if window in (None, best) else f"; `{label(window)}` {window['exact']}/{window['trials']}"
         yield (
             f"**{share}**, {task} ({wording}): `{label(best)}` {best['exact']}/{best['trials']} "
-            f"[{best['score_low']:.0%}, {best['score_high']:.0%}], full {best['exact_full']}/{best['trials']}{against}{few}"
+            f"[{best['score_low']:.0%}, {best['score_high']:.0%}], full {best['exact_full']}/{best['trials']}{against}"
+            + _few(best)
         )
+
+
+def _few(row: Row) -> str:
+    return "" if row["trials"] >= ENOUGH else f"; fewer than {ENOUGH} trials: a direction, not a measure"
 
 
 def _asked(share: str, rows: Sequence[Row]) -> Iterator[str]:
@@ -76,7 +88,10 @@ def _asked(share: str, rows: Sequence[Row]) -> Iterator[str]:
             kept = row["kept"] / row["exact_full"]
             aim = f", asked for: {ASKED[share]:.0%}" if share in ASKED else ""
             around = f"[{row['kept_low']:.0%}, {row['kept_high']:.0%}]"
-            yield f"**{share}**, {way}: `{label(row)}` keeps {row['kept']} of {row['exact_full']} ({kept:.0%} {around}{aim})"
+            yield (
+                f"**{share}**, {way}: `{label(row)}` keeps {row['kept']} of {row['exact_full']} ({kept:.0%} {around}{aim})"
+                + _few(row)
+            )
 
 
 def _not_counted(rows: Sequence[Row]) -> list[str]:

@@ -103,7 +103,11 @@ def _order(table: Table) -> tuple[int, int]:
 
 def _findings(mine: Sequence[Table]) -> Iterator[str]:
     named = lambda table: table.setup["data"].rsplit(" ", 1)[0]
-    seeded = [(table.setup["seed"], {**row, "data": named(table)}) for table in mine for row in table.rows()]
+    seeded = [
+        (table.setup["seed"], {**row, "data": named(table), "table": number})
+        for number, table in enumerate(mine)
+        for row in table.rows()
+    ]
     sentences = findings([row for _, row in seeded])
     yield "### What follows" if sentences else ""
     yield "\n".join(f"- {sentence}." for sentence in sentences)

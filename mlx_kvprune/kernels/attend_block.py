@@ -1,10 +1,11 @@
 """Attention of a block of prefill: pages are unpacked into a buffer for MLX's own fused attention.
 
-No kernel of ours, and this is why. A block has at least 128 queries, so that a slot meets ``128 G`` query rows: with D = 128
-and G = 4 that are 260,000 operations for a key and a value. Reading them packed in 4 bits takes 144 bytes; unpacking first
-takes those, writes 512 bytes (half precision) and reads them again: 1.2 kB. That is still 220 operations per byte, where a
-chip of Apple's M series is balanced at 25 to 40: the block is bound by arithmetic either way, and MLX's kernel does that
-with the matrix units. The buffer is one layer's slots, bounded by the budget, and is given back when the layer is done.
+No kernel of ours, and this is why. A block has at least 32 queries, so that a slot meets ``32 G`` query rows: with D = 128
+and G = 4 that are 65,000 operations for a key and a value. Reading them packed in 4 bits takes 144 bytes; unpacking first
+takes those, writes 512 bytes (half precision) and reads them again: 1.2 kB. That is still 55 operations per byte (220 with
+a block of 128), where a chip of Apple's M series is balanced at 25 to 40: the block is bound by arithmetic either way, and
+MLX's kernel does that with the matrix units. The buffer is one layer's slots, bounded by the budget, and is given back when
+the layer is done.
 """
 
 from __future__ import annotations

@@ -63,6 +63,27 @@ def test_no_better_than_window_is_said(tmp_path):
     assert "(intervals overlap)" in page(tmp_path, prediction("window", 0.2), prediction("tova", 0.19))
 
 
+def test_the_control_has_as_many_bits(tmp_path):
+    text = page(
+        tmp_path,
+        prediction("window", 0.2),
+        prediction("tova", 0.15),
+        prediction("window", 0.05, kv_bits=4),
+        prediction("tova", 0.06, kv_bits=4),
+    )
+    assert "`tova`, KL 0.150 [0.140, 0.160] nats from full" in text
+    assert "(intervals apart)" in text
+    assert "**no better than** `window, 4 bits` 0.050" in text
+
+
+def test_answers_of_other_tables_are_no_control(tmp_path):
+    other = {**SETUP, "haystack": 77}
+    few = [answers("needles", "full", 1, setup=other), answers("needles", "tova", 1, setup=other)]
+    more = [answers("needles", policy, 1, 0, 1) for policy in ("full", "window")]
+    sentence = next(line for line in page(tmp_path, *few, *more).splitlines() if "`tova` 1/1" in line and "**" in line)
+    assert "window" not in sentence
+
+
 def test_what_is_left_of_fulls_answers_is_said(tmp_path):
     text = page(
         tmp_path,
