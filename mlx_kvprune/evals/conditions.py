@@ -13,6 +13,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_kvprune.attach import gates_of, hooked, make_cache, settings_from
+from mlx_kvprune.documents import prefill
 from mlx_kvprune.forward import leaves
 from mlx_kvprune.policy import POLICIES, find, knows_question
 from mlx_kvprune.report import CacheReport, report
@@ -256,13 +257,11 @@ def sizes(found: CacheReport) -> dict[str, int]:
     return {name: getattr(found, name) for name in SIZES}
 
 
-def settle(caches: list[Any]) -> None:
+def finish(caches: list[Any]) -> None:
     """Finish a forward call: evaluate everything that the caches hold."""
     mx.eval([c.state for c in leaves(caches)])
 
 
 def feed(model: nn.Module, tokens: Sequence[int], caches: list[Any], chunk: int = CHUNK) -> None:
     """Prefill ``tokens`` in chunks; no logits are computed unless the policy needs them."""
-    for start in range(0, len(tokens), chunk):
-        model(mx.array([list(tokens[start : start + chunk])]), cache=caches)
-        settle(caches)
+    prefill(model, list(tokens), caches, step=chunk)

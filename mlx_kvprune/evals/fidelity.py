@@ -22,7 +22,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from mlx_kvprune.evals.conditions import CHUNK, FULL, SIZES, Condition, held, settle
+from mlx_kvprune.evals.conditions import CHUNK, FULL, SIZES, Condition, finish, held
 from mlx_kvprune.evals.job import Job, Measured, Tick
 from mlx_kvprune.evals.store import Unit, by_condition, named
 
@@ -139,7 +139,7 @@ def trace(
 def _logits(model: nn.Module, span: mx.array, caches: list[Any], tick: Tick | None) -> mx.array:
     logits = model(span, cache=caches)[0]
     mx.eval(logits)
-    settle(caches)
+    finish(caches)
     if tick:
         tick(span.shape[1])
     return logits

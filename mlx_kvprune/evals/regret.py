@@ -22,7 +22,7 @@ import numpy as np
 
 from mlx_kvprune.attach import make_cache
 from mlx_kvprune.cache import PrunedKVCache
-from mlx_kvprune.evals.conditions import CHUNK, SIZES, Condition, held, settle
+from mlx_kvprune.evals.conditions import CHUNK, SIZES, Condition, finish, held
 from mlx_kvprune.evals.fidelity import GROUP, batched
 from mlx_kvprune.evals.job import Job, Measured, Tick
 from mlx_kvprune.evals.store import Unit, by_condition, named
@@ -131,7 +131,7 @@ def evictions(model: nn.Module, tokens: Sequence[int], caches: list[Any], tick: 
     while start < len(tokens):
         stop = min(len(tokens), start + min(c.step_room() for c in bounded))
         model(mx.array([list(tokens[start:stop])]), cache=caches)
-        settle(caches)
+        finish(caches)
         now = np.stack([_is_held(cache, len(tokens)) for cache in bounded])
         lost = np.full(now.shape, NEVER, np.int32) if lost is None else lost
         missing = ~now & (lost == NEVER)
@@ -175,7 +175,7 @@ def measured(
     for start in range(0, len(tokens), chunk):
         stop = min(len(tokens), start + chunk)
         model(mx.array([list(tokens[start:stop])]), cache=caches)
-        settle(caches)
+        finish(caches)
         asked = queries[(queries >= start) & (queries < stop)]
         if len(asked):
             weights = full_weights(caches, asked, start)
