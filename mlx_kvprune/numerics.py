@@ -26,6 +26,19 @@ def softmax(x: mx.array) -> mx.array:
     return weights
 
 
+def softmax_beside(logits: mx.array, sinks: mx.array | None) -> mx.array:
+    """Softmax over slots where a model adds learned sinks to the denominator (gpt_oss); they get no weight of their own.
+
+    Args:
+        logits: ``(B, H_kv, group, L, S)``.
+        sinks: logits of the sinks ``(H_q,)``, or None.
+    """
+    if sinks is None:
+        return softmax(logits)
+    column = mx.broadcast_to(sinks.reshape(1, logits.shape[1], -1, 1, 1), (*logits.shape[:-1], 1))
+    return softmax(mx.concatenate([logits, column], axis=-1))[..., :-1]
+
+
 @mx.custom_function
 def _softmax(x: mx.array) -> mx.array:
     weights = exp2((x - x.max(axis=-1, keepdims=True)) * LOG2_E)

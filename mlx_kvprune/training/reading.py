@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_kvprune.attach import hooked, replaced
 from mlx_kvprune.cache import Handle
 from mlx_kvprune.forward import leaves
-from mlx_kvprune.numerics import softmax
+from mlx_kvprune.numerics import softmax_beside
 
 SEGMENT = 256  # tokens of a chunk: where a student may start
 TOP = 64  # logits of the teacher that are kept
@@ -109,11 +109,7 @@ class Recorder:
         logits = (grouped @ self.keys.swapaxes(-1, -2)).reshape(batch, heads, n_heads // heads, length, slots)
         at, of = mx.arange(slots - length, slots)[:, None], mx.arange(slots)
         logits = mx.where(of <= at, logits.astype(mx.float32), -mx.inf)
-        if sinks is not None:
-            extra = mx.broadcast_to(sinks.reshape(1, heads, -1, 1, 1), (*logits.shape[:-1], 1))
-            weights = softmax(mx.concatenate([logits, extra], axis=-1))[..., :-1]
-        else:
-            weights = softmax(logits)
+        weights = softmax_beside(logits, sinks)
         self._note(weights, at, of)
         flat = weights.reshape(batch, heads, -1, slots).astype(self.values.dtype)
         return (flat @ self.values).reshape(batch, n_heads, length, -1)

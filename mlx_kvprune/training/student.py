@@ -12,7 +12,7 @@ import mlx.nn as nn
 from mlx_kvprune.attach import replaced
 from mlx_kvprune.cache import Handle
 from mlx_kvprune.forward import leaves
-from mlx_kvprune.numerics import softmax
+from mlx_kvprune.numerics import softmax_beside
 from mlx_kvprune.training.bias import Bias
 from mlx_kvprune.training.reading import SEGMENT, Reading
 
@@ -48,12 +48,7 @@ class StudentLayer:
         heads, slots = keys.shape[1], keys.shape[2]
         grouped = (queries * scale).reshape(batch, heads, -1, width)
         logits = (grouped @ keys.swapaxes(-1, -2)).reshape(batch, heads, n_heads // heads, length, slots)
-        logits = self.bias(logits)
-        if sinks is not None:
-            extra = mx.broadcast_to(sinks.reshape(1, heads, -1, 1, 1), (*logits.shape[:-1], 1))
-            weights = softmax(mx.concatenate([logits, extra], axis=-1))[..., :-1]
-        else:
-            weights = softmax(logits)
+        weights = softmax_beside(self.bias(logits), sinks)
         out = weights.reshape(batch, heads, -1, slots) @ values
         return out.reshape(batch, n_heads, length, -1).astype(queries.dtype)
 
