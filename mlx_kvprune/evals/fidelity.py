@@ -96,9 +96,15 @@ def _pooled(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
         row |= {name: _mean(x), f"{name}_low": low, f"{name}_high": high}
     row |= {name: _mean(np.array([result[name] for result in results])) for name in ("nll", "nll_full")}
     near = zip(*(result["by_distance"] for result in results), strict=True)
-    row["by_distance"] = [{name: _mean(np.array([x[name] for x in some])) for name in some[0]} for some in near]
+    row["by_distance"] = [_pooled_near(some) for some in near]
     sizes = {name: max(result[name] for result in results) for name in SIZES}
     return {**row, "texts": len(results), **sizes}
+
+
+def _pooled_near(some: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Means of one distance over texts; the ends of intervals have none."""
+    means = {name: _mean(np.array([x[name] for x in some])) for name in MEASURES if name in some[0]}
+    return {"from": some[0]["from"], "to": some[0]["to"], **means}
 
 
 def work(n_tokens: int, conditions: Sequence[Condition], group: int = 1 << 30) -> int:

@@ -180,3 +180,18 @@ def test_equal_slots_and_everything_counted(model):
     assert all(row["kv_bytes"] >= window["kv_bytes"] for row in others)
     snapkv = next(row for row in rows if row["policy"] == "snapkv")
     assert snapkv["kv_bytes"] - window["kv_bytes"] == 2 * 4 * 64 * 32 * 4  # its last queries, in both layers
+
+
+def test_texts_are_pooled_by_distance():
+    def one(item: int, kl: float) -> dict:
+        near = {"from": 0, "to": 256, "kl": kl, "kl_low": kl - 0.1, "kl_high": kl + 0.1}
+        measures = {"kl": kl, "nll_change": kl, "agreement": 1 - kl, "nll": 3.0, "nll_full": 3.0}
+        blocks = {name: [measures[name]] * 3 for name in fidelity.MEASURES}
+        sizes = dict.fromkeys(fidelity.SIZES, 5)
+        result = {"tokens": 512, **measures, **sizes, "blocks": blocks, "by_distance": [near]}
+        named = {"task": "fidelity", "item": item, "policy": "tova", "allocator": "uniform", "budget": "25", "seed": 0}
+        return {**named, "setup": {"tokens": 512}, "result": result}
+
+    (row,) = fidelity.rows([one(0, 0.25), one(1, 0.75)])
+    assert row["by_distance"] == [{"from": 0, "to": 256, "kl": 0.5}], "averaged ends of intervals are no interval"
+    assert (row["kl"], row["texts"]) == (0.5, 2)
