@@ -102,7 +102,7 @@ POLICIES = {
             "kvzap",
             scorers.KVzap(),
             "what a gate expects a second reading to attend to (KVzap)",
-            allocator="head_adaptive",
+            allocator="global",
             gates="kvzap",
         ),
         Policy(
