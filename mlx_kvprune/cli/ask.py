@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from mlx_kvprune.cli.cache_options import Budget, CacheOptions, settings_of, with_effect
-from mlx_kvprune.cli.options import Json, ModelOptions, SamplingOptions, load, spread
+from mlx_kvprune.cli.options import Json, ModelOptions, SamplingOptions, load, readable, spread
 from mlx_kvprune.settings import CacheSettings
 
 EPILOG = """Examples:
@@ -109,7 +109,7 @@ def _instead(cache: AskCache, policy: str) -> AskCache:
 
 
 def _questions(given: list[str] | None) -> list[str]:
-    questions = [q.strip() for q in given or []]
+    questions = [readable(q.strip(), "ask") for q in given or []]
     if not questions or not all(questions):
         raise ValueError("[ask] no question; got none; try -q 'What is ...?'")
     return questions

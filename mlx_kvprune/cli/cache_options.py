@@ -206,8 +206,12 @@ def settings_of(options: CacheOptions, seed: int = 0, **more: Any) -> CacheSetti
 
 def with_effect(options: Options) -> Options:
     """The options without those that change nothing beside the others."""
-    idle = {name: CacheOptions.__dataclass_fields__[name].default for name, *_ in without_effect(_unchecked(options))}
-    return replace(options, **idle)
+    from mlx_kvprune.policy import find
+
+    idle = {name for name, *_ in without_effect(_unchecked(options))}
+    if options.local_layers == "auto" and not find(options.policy).gates:
+        idle.add("local_layers")
+    return replace(options, **{name: CacheOptions.__dataclass_fields__[name].default for name in idle})
 
 
 def _unchecked(options: CacheOptions, seed: int = 0, **more: Any) -> CacheSettings:

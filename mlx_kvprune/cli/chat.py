@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from mlx_kvprune.cli.cache_options import CacheOptions, settings_of
-from mlx_kvprune.cli.options import Json, ModelOptions, SamplingOptions, SystemPrompt, load, spread
+from mlx_kvprune.cli.options import Json, ModelOptions, SamplingOptions, SystemPrompt, load, readable, spread
 
 if TYPE_CHECKING:
     from mlx_kvprune.cli.conversation import Conversation
@@ -96,7 +96,7 @@ def handle(chat: Chat, line: str) -> None:
     if line.startswith("/"):
         commands.run(chat, line.rstrip())
     elif line.strip():
-        answer(chat, line.strip())
+        answer(chat, readable(line.strip(), "chat"))
 
 
 def answer(chat: Chat, text: str) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from mlx_kvprune.cli import output, saved
-from mlx_kvprune.cli.cache_options import check_budget, fields_of
+from mlx_kvprune.cli.cache_options import check_budget, endless, fields_of
 from mlx_kvprune.cli.stream import Stop
 from mlx_kvprune.settings import CacheSettings
 
@@ -76,7 +77,7 @@ def rewind(chat: Chat, rest: str) -> None:
 def file(chat: Chat, rest: str) -> None:
     if not rest or rest == "-":
         raise ValueError("[file] which file; got none; try /file PATH")
-    text = _read(_unquoted(rest))
+    text = _read(os.path.expanduser(_unquoted(rest)))
     chat.talk._room(len(chat.talk.tokens) + len(chat.talk.following(chat.message(text))))
     chat.files.append(text)
     count = len(chat.talk.tokenizer.encode(text, add_special_tokens=False))
@@ -112,7 +113,7 @@ def policy(chat: Chat, rest: str) -> None:
     name, _, budget = rest.partition(" ")
     if not name:
         raise ValueError(f"[policy] which; got none; try /policy NAME BUDGET (now {chat.talk.settings.policy})")
-    settings = changed(chat.talk.settings, name, budget.strip())
+    settings = endless(chat.talk.model, changed(chat.talk.settings, name, budget.strip()))
     check_budget(settings)
     with Stop() as stop:
         chat.talk.change(settings, stop)
@@ -125,11 +126,14 @@ def changed(before: CacheSettings, name: str, budget: str = "") -> CacheSettings
     from mlx_kvprune.attach import settings_from
     from mlx_kvprune.policy import find
 
-    named = fields_of(before.but(options=(), block=None, gates="")) | {"policy": name}
+    old, new = find(before.policy), find(name)
+    named = fields_of(before.but(block=None)) | {"policy": name}
+    if new is not old:
+        named |= {"options": (), "gates": ""}
+    if new.scorer is None or old.scorer is None:  # other positions are in question
+        named["positions"] = "auto"
     for field, left_open in (("allocator", "auto"), ("window", None)):
-        if getattr(before, field) == getattr(
-            find(before.policy), field
-        ):  # was not asked for: the new policy has its own
+        if getattr(before, field) == getattr(old, field):  # was not asked for
             named[field] = left_open
     if budget:
         named["budget"] = budget

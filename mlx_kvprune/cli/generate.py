@@ -14,6 +14,7 @@ from mlx_kvprune.cli.options import (
     SamplingOptions,
     SystemPrompt,
     load,
+    readable,
     spread,
 )
 
@@ -79,7 +80,7 @@ def read_prompt(prompt: str | None) -> str:
     """
     if prompt is None and sys.stdin.isatty():
         raise ValueError("[prompt] no prompt; got none; try --prompt TEXT, or pipe a text in")
-    text = _standard_input() if prompt is None or prompt == "-" else prompt
+    text = _standard_input() if prompt is None or prompt == "-" else readable(prompt, "prompt")
     if not text.strip():
         raise ValueError(f"[prompt] empty; got {text[:20]!r}; try --prompt TEXT, or pipe a text in")
     return text

@@ -121,6 +121,19 @@ class SamplingOptions:
         return make_sampler(self.temp, top_p=self.top_p, min_p=self.min_p, top_k=self.top_k)
 
 
+def readable(text: str, where: str) -> str:
+    """The text, if it is one.
+
+    Raises:
+        ValueError: bytes that are not UTF-8 came in by the terminal or a pipe.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"[{where}] not text; got bytes that are not UTF-8; try UTF-8") from None
+    return text
+
+
 def spread(verb: Callable[..., Any]) -> Callable[..., Any]:
     """Let typer see the fields of a verb's dataclass arguments as options of their own."""
     hints = get_type_hints(verb, include_extras=True)

@@ -25,7 +25,8 @@ def save(talk: Conversation, path: str) -> Path:
     """
     if not talk.seen:
         raise ValueError("[save] nothing to save; got an empty conversation; try after the first answer")
-    place = _place(path)
+    with _named("save"):
+        place = _place(path)
     arrays, meta = pack(talk.cache)
     content = {"version": VERSION, "settings": talk.settings.to_json(), **{name: getattr(talk, name) for name in KEPT}}
     with _named("save"):
@@ -39,8 +40,8 @@ def load(talk: Conversation, path: str) -> Path:
     Raises:
         ValueError: missing, damaged, or of another model; ``talk`` is as it was.
     """
-    place = _place(path)
     with _named("load"):
+        place = _place(path)
         arrays, meta = session_file.read(place)
         content = _content(meta, place)
         settings = CacheSettings.from_json(content["settings"])
@@ -65,6 +66,8 @@ def _content(meta: dict[str, Any], place: Path) -> dict[str, Any]:
 
 def _place(path: str) -> Path:
     place = Path(path).expanduser()
+    if place.is_dir():
+        raise ValueError(f"[cache-file] a folder; got {path!r}; try a file in it")
     return place if place.suffix == SUFFIX else place.with_name(place.name + SUFFIX)
 
 

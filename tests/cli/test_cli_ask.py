@@ -96,6 +96,7 @@ def test_comparison_leaves_out_what_the_other_policy_has_no_use_for():
     assert _instead(given, "window") == AskCache(policy="window", kv_bits=4)
     assert _instead(replace(given, allocator="global"), "window").head_floor == 0.3
     assert _instead(given, "spkv").gates == "mine.safetensors"
+    assert not _instead(AskCache(policy="retention", local_layers="auto"), "window").local_layers
 
 
 def test_comparison_with_other_policies(tiny, fable):
@@ -159,6 +160,8 @@ def test_bad_files(tmp_path, name, content, message):
 def test_other_bad_input(tiny, short, fable):
     one_line(run("ask", fable), "no question")
     one_line(run("ask", fable, "-q", "  "), "no question")
+    one_line(run("ask", fable, "-q", "caf\udce9?"), r"\[ask\] not text; got bytes that are not UTF-8")
+    one_line(run("generate", "--prompt", "caf\udce9"), r"\[prompt\] not text; got bytes that are not UTF-8")
     one_line(run("ask", fable, "-q", "Who?", "--policy", "prob"), "unknown; got 'prob'; try .*'probe'")
     one_line(run("ask", fable, "-q", "Who?", "--budget", "20", "--model", str(tiny)), "too small")
     one_line(run("ask", fable, "-q", "Who?", "--model", str(short)), "the limit is 300; try .* or --budget 300")

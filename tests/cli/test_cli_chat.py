@@ -107,6 +107,7 @@ def test_mistakes_cost_nothing(tiny, start, tmp_path):
         ("/xyzzy", "try /help"),
         (f"/load {tmp_path / 'bad'}", r"\[load\] damaged, or not a saved cache; got .*; try"),
         (f"/load {tmp_path / 'none'}", r"\[load\] no such file; got .*; try"),
+        (f"/load {tmp_path}", r"\[load\] a folder; got .*; try a file in it"),
         ("/load", "which file; got none"),
         ("/save", "where to; got nothing"),
         (f"/save {tmp_path}/none/x", "no such folder"),
@@ -114,6 +115,7 @@ def test_mistakes_cost_nothing(tiny, start, tmp_path):
         ("/policy window 10", "too small .* got 10 tokens"),
         ("/policy probe", "needs a question"),
         ("/file", "which file; got none"),
+        ("/file ~/none.txt", r"\[file\] .*got No such file"),
         (f"/file {tmp_path}/none.txt", r"\[file\] .*got No such file"),
     ):
         (found,) = ask(child, line, answer)

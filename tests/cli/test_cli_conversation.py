@@ -217,6 +217,10 @@ def test_another_policy_has_its_own_of_what_was_not_asked_for():
     assert (plain.window, plain.allocator) == (16, "global")
     asked = changed(settings_from(policy="snapkv", budget=900, window=100, allocator="pyramid"), "probe", "700")
     assert (asked.window, asked.allocator, asked.budget.tokens) == (100, "pyramid", 700)
+    own = settings_from(policy="snapkv", budget=900, kernel=9, positions="cache")
+    assert changed(own, "snapkv", "800").options == own.options, "the same policy keeps its options"
+    assert changed(own, "tova").options == ()
+    assert changed(own, "full").positions == "auto"
 
 
 def test_failure_in_a_forward_pass_loses_only_the_turn(loaded):
