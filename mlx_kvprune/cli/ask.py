@@ -243,7 +243,10 @@ class _Asking:
         fields["generated_tokens"] = sum(run.generated_tokens for run in self.answers)
         fields["prefill_tps"] = round(self.read_tokens / self.read_seconds, 3)
         fields["ttft_s"] = round(self.first_seconds + (self.answers[0].ttft_s or 0.0), 3)
-        fields["answers"] = [{"question": q, "text": a.text} for q, a in zip(self.questions, self.answers, strict=True)]
+        fields["answers"] = [
+            {"question": q, "text": a.text, "finish_reason": a.finish_reason, "generated_tokens": a.generated_tokens}
+            for q, a in zip(self.questions, self.answers, strict=True)
+        ]
         return fields
 
 

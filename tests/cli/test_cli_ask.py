@@ -89,6 +89,8 @@ def test_policies_that_probe_read_once_for_each_question(tiny, fable):
     assert [a["text"] for a in both["answers"]] == [a["text"] for a in alone]
     assert both["reread_tokens"] == sum(a["reread_tokens"] for a in alone) > 0
     assert both["prompt_tokens"] == alone[0]["prompt_tokens"]
+    assert [a["finish_reason"] for a in both["answers"]] == [a["finish_reason"] for a in alone]
+    assert both["generated_tokens"] == sum(a["generated_tokens"] for a in both["answers"])
 
 
 def test_comparison_leaves_out_what_the_other_policy_has_no_use_for():
