@@ -144,19 +144,24 @@ def make_from_settings(model: nn.Module, settings: CacheSettings) -> list[Any]:
     if policy.scorer is None:
         return _stock_caches(model)
     most_heads = max(layer.shape.n_kv_heads for layer in attachment.rung.layers)
-    identity = model_id(model)
+    identity, longest = model_id(model), _longest(model, settings)
 
     def make(layer: int) -> PrunedKVCache:
         cache = PrunedKVCache(settings, None if slots is None else slots[layer], layer, dense)
-        cache.longest = trained_context(model) if settings.positions == "cache" else None
+        cache.longest = longest
         most = 0 if slots is None else max(slots) * _most_times(settings, most_heads, len(slots))
-        cache.frame = most if cache.longest is None else min(most, max(cache.longest, max(slots or [0])))
+        cache.frame = most if longest is None else min(most, max(longest, max(slots or [0])))
         cache.alone, cache.lends = attachment.rung.unbatched, attachment.rung.lends
         cache.rope, cache.model_id = find_rope(attachment.rung.layers[layer].attention), identity
         _tell_gate(model, cache)
         return cache
 
     return replaced(model, make)
+
+
+def _longest(model: nn.Module, settings: CacheSettings) -> int | None:
+    """Positions that the model was trained for, where a slot's rank is its position; else nothing is bounded by them."""
+    return trained_context(model) if settings.positions == "cache" else None
 
 
 def _most_times(settings: CacheSettings, heads: int, layers: int) -> int:
@@ -335,7 +340,7 @@ def tell_ropes(model: nn.Module, bounded: list[PrunedKVCache]) -> None:
             raise ValueError(f"[load] saved with another model; got {cache.model_id}; try it with that model")
         if cache.layer < len(attachment.rung.layers):
             cache.lends = attachment.rung.lends
-            cache.longest = trained_context(model) if cache.settings.positions == "cache" else None
+            cache.longest = _longest(model, cache.settings)
             cache.rope = find_rope(attachment.rung.layers[cache.layer].attention)
             _tell_gate(model, cache)
 
