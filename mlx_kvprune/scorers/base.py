@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -209,3 +211,18 @@ def is_count(value: Any) -> bool:
 def options_of(scorer: Scorer) -> dict[str, Any]:
     """The hyper-parameters of a scorer, by name."""
     return {name: getattr(scorer, name) for name in getattr(scorer, "__dataclass_fields__", {})}
+
+
+def meanings_of(scorer: Scorer) -> dict[str, str]:
+    """What the docstrings of a scorer's class say about its hyper-parameters, by name."""
+    found: dict[str, str] = {}
+    for kind in reversed(type(scorer).__mro__):
+        _, _, told = (kind.__doc__ or "").partition("Attributes:\n")
+        for name, meaning in re.findall(r"^ +(\w+): (.*(?:\n {12,}.*)*)", told, re.MULTILINE):
+            found[name] = " ".join(meaning.split())
+    return {name: found[name] for name in options_of(scorer) if name in found}
+
+
+def story_of(scorer: Scorer) -> str:
+    """The docstring of a scorer's class, without its hyper-parameters: formula and source."""
+    return inspect.cleandoc(type(scorer).__doc__ or "").partition("\nAttributes:")[0].strip()

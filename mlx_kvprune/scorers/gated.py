@@ -80,7 +80,7 @@ class WriteGate(Scorer):
     """A score that does not change: the gate's number, and below ``threshold`` a token is dropped when it leaves the ring.
 
     Attributes:
-        threshold: in the method's own unit; None drops nothing, so that only the budget decides.
+        threshold: the least number that is kept, in the method's own unit; null drops nothing, so that only the budget decides.
     """
 
     threshold: float | None = None
@@ -114,7 +114,7 @@ class SPKV(WriteGate):
     How much is held depends on the text; the budget stays a hard cap, within which larger ``u`` win.
 
     Attributes:
-        threshold: 0.01 to 0.99: smaller holds more.
+        threshold: the least chance that is kept, 0 to 1: smaller holds more; null drops nothing, so that only the budget decides.
     """
 
     threshold: float | None = 0.5
@@ -144,7 +144,11 @@ class FastKVzip(WriteGate):
 
 @dataclass(frozen=True)
 class DMS(WriteGate):
-    """Evicted where the gate's logit is positive, but only ``window`` tokens later: delayed eviction (arXiv 2506.05345)."""
+    """Evicted where the gate's logit is positive, but only ``window`` tokens later: delayed eviction (arXiv 2506.05345).
+
+    Attributes:
+        threshold: the least ``-logit`` that is kept: smaller holds more; null drops nothing, so that only the budget decides.
+    """
 
     threshold: float | None = 0.0
 
