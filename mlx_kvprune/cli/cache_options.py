@@ -204,6 +204,19 @@ def settings_of(options: CacheOptions, seed: int = 0, **more: Any) -> CacheSetti
     return settings
 
 
+def settings_unasked(options: CacheOptions, seed: int = 0) -> CacheSettings:
+    """As ``settings_of``, for verbs that know no question while they read.
+
+    Raises:
+        ValueError: also for a policy that chooses by a question.
+    """
+    from mlx_kvprune.policy import knows_question
+
+    if knows_question(options.policy):
+        raise ValueError(f"[policy] {options.policy} needs a question; got none; try `ask`, or another policy")
+    return settings_of(options, seed)
+
+
 def with_effect(options: Options) -> Options:
     """The options without those that change nothing beside the others."""
     from mlx_kvprune.policy import find
@@ -212,6 +225,30 @@ def with_effect(options: Options) -> Options:
     if options.local_layers == "auto" and not find(options.policy).gates:
         idle.add("local_layers")
     return replace(options, **{name: CacheOptions.__dataclass_fields__[name].default for name in idle})
+
+
+def side_by_side(options: Options, policies: list[str]) -> list[Options]:
+    """The options for each of several policies: what only some of them can use is theirs alone. What none can use is left
+    for ``settings_of`` to refuse."""
+    given = options.policy_option or []
+    unknown = [text for text in given if not any(_takes(name, text) for name in policies)]
+    each = []
+    for name in policies:
+        own = [text for text in given if text in unknown or _takes(name, text)]
+        each.append(replace(options, policy=name, policy_option=own))
+    fitting = [with_effect(one) for one in each]
+    pairs = list(zip(each, fitting, strict=True))
+    refused = [f.name for f in fields(CacheOptions) if all(getattr(a, f.name) != getattr(b, f.name) for a, b in pairs)]
+    return [replace(fit, **{name: getattr(one, name) for name in refused}) for one, fit in pairs]
+
+
+def _takes(policy: str, option: str) -> bool:
+    """Whether the policy has the option that ``NAME=VALUE`` names."""
+    from mlx_kvprune.policy import find
+    from mlx_kvprune.scorers.base import options_of
+
+    scorer = find(policy).scorer
+    return scorer is not None and option.partition("=")[0].strip().replace("-", "_") in options_of(scorer)
 
 
 def _unchecked(options: CacheOptions, seed: int = 0, **more: Any) -> CacheSettings:

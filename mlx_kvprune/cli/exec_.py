@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mlx_kvprune.cli.cache_options import CacheOptions, fields_of, settings_of
+from mlx_kvprune.cli.cache_options import CacheOptions, fields_of, settings_unasked
 from mlx_kvprune.cli.options import Dtype, Seed, spread
 from mlx_kvprune.cli.output import say
 from mlx_kvprune.settings import CacheSettings
@@ -48,7 +48,7 @@ def exec_(cache: CacheOptions, command: Command = None, dtype: Dtype = None, see
 
     Options of the cache come before the `--`, mlx-lm's own after it. Names that `models` lists may be given to --model.
     """
-    settings = settings_of(cache, seed)
+    settings = settings_unasked(cache, seed)
     verb, rest = parse(command or [])
     refuse_ignored(rest)
     rest = [*resolved(rest, dtype)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mlx_kvprune.cli.cache_options import Budget, CacheOptions, settings_of
+from mlx_kvprune.cli.cache_options import Budget, CacheOptions, settings_of, side_by_side
 from mlx_kvprune.cli.options import Json, ModelOptions, Seed, load, spread
 from mlx_kvprune.settings import CacheSettings
 
@@ -82,7 +83,7 @@ def inspect(
     from mlx_kvprune.policy import knows_question
 
     names = policies_named(cache.policy, question)
-    settings = [settings_of(_of_policy(cache, name, names), seed) for name in names]
+    settings = [settings_of(each, seed) for each in side_by_side(cache, names)]
     place = place_of(out, file, names)
     text = _read(file)
     loaded, tokenizer = load(model)
@@ -99,14 +100,6 @@ def inspect(
         )
     else:
         output.write(f"{place}\n")
-
-
-def _of_policy(cache: InspectCache, name: str, names: list[str]) -> InspectCache:
-    """The options for one of the policies: gates are for those that have some, if any has."""
-    from mlx_kvprune.policy import find
-
-    gated = [other for other in names if find(other).gates]
-    return replace(cache, policy=name, gates=cache.gates if name in gated or not gated else "")
 
 
 def policies_named(given: str | None, question: str | None) -> list[str]:
@@ -136,7 +129,7 @@ def place_of(out: Path | None, file: str, names: list[str]) -> Path:
     """Where the page goes.
 
     Raises:
-        ValueError: a folder, or a file in a folder that is not there.
+        ValueError: a folder, or a file in a folder that is not there or may not be written to.
     """
     stem = "text" if file == "-" else re.sub(r"[^\w.-]+", "-", Path(file).stem).strip("-.") or "text"
     place = out or Path(f"{stem[:LONGEST_NAME]}.{'-'.join(names)[:LONGEST_NAME]}.html")
@@ -144,6 +137,8 @@ def place_of(out: Path | None, file: str, names: list[str]) -> Path:
         raise ValueError(f"[out] a folder; got {str(place)!r}; try {place / 'page.html'}")
     if not place.absolute().parent.is_dir():
         raise ValueError(f"[out] no such folder; got {str(place.parent)!r}; try another path")
+    if not os.access(place.absolute().parent, os.W_OK):
+        raise ValueError(f"[out] may not write there; got {str(place.parent)!r}; try another path")
     return place.absolute()
 
 

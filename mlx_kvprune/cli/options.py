@@ -112,6 +112,13 @@ class SamplingOptions:
     seed: Seed = 0
     prefill_step_size: PrefillStepSize = 512
 
+    def __post_init__(self) -> None:
+        for name, neutral in (("top_p", 1.0), ("min_p", 0.0), ("top_k", 0)):
+            value = getattr(self, name)
+            if self.temp == 0 and value != neutral:
+                flag = name.replace("_", "-")
+                raise ValueError(f"[{flag}] would have no effect at temperature 0; got {value}; try it with --temp 0.7")
+
     def sampler(self) -> Callable[[Any], Any]:
         """mlx-lm's sampler for these; also seeds MLX."""
         import mlx.core as mx

@@ -102,10 +102,13 @@ def fill_line(report: CacheReport, cache: list[Any]) -> str:
 
 def bytes_line(report: CacheReport) -> str:
     """Bytes held, against what an unpruned cache would take."""
-    saved = report.kv_bytes_full / max(1, report.kv_bytes)
-    line = f"memory {megabytes(report.kv_bytes)} held; the full cache of {report.tokens_seen:,} tokens "
-    line += f"would take {megabytes(report.kv_bytes_full)}"
-    line += f" ({saved:.1f} times as much)" if saved >= 1.05 else ""
+    line = f"memory {megabytes(report.kv_bytes)} held"
+    if report.policy == "full":
+        line += f" for {report.tokens_seen:,} tokens; nothing was evicted"
+    else:
+        saved = report.kv_bytes_full / max(1, report.kv_bytes)
+        line += f"; the full cache of {report.tokens_seen:,} tokens would take {megabytes(report.kv_bytes_full)}"
+        line += f" ({saved:.1f} times as much)" if saved >= 1.05 else ""
     return line + (f"; {megabytes(report.kv_bytes_other)} in layers left alone" if report.kv_bytes_other else "")
 
 

@@ -186,7 +186,24 @@ def test_policies(capsys):
     assert [line.split()[0] for line in lines[1:]] == list(POLICIES)
     assert "kernel=5" in next(line for line in lines if line.startswith("snapkv"))
     assert cli.main(["policies", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["policies"][0]["name"] == "full"
+    found = json.loads(capsys.readouterr().out)["policies"]
+    assert found[0]["name"] == "full"
+    for policy in found:
+        assert set(policy["options"]) <= set(policy["meanings"]), policy["name"]
+
+
+def test_one_policy_with_its_formula_and_what_its_options_mean(capsys):
+    assert cli.main(["policies", "snapkv"]) == 0
+    out = capsys.readouterr().out
+    assert "arXiv 2404.14469" in out and "Attributes" not in out and "--window 64" in out
+    assert [line.split()[0] for line in out.splitlines() if line.startswith("  ")] == [
+        "last=64",
+        "kernel=5",
+        "pooling=mean",
+    ]
+    assert cli.main(["policies", "full"]) == 0
+    assert cli.main(["policies", "snapk"]) == 2
+    assert "try 'snapkv'" in capsys.readouterr().err
 
 
 def test_models(capsys):

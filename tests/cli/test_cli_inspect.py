@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from cli_helpers import run
 
+from mlx_kvprune.cli.cache_options import settings_of, side_by_side
+from mlx_kvprune.cli.inspect import InspectCache, place_of
 from mlx_kvprune.report.page import unpacked
 
 FABLE = "A lion woke. A mouse ran over him. </script><b>The lion</b> was angry & let him go.\n" * 6
@@ -117,6 +119,37 @@ def test_a_text_longer_than_the_trained_context(short, fable, tmp_path):
 )
 def test_bad_options(fable, options, message):
     one_line(run("inspect", str(fable), *options), message)
+
+
+def test_options_that_only_one_of_the_policies_can_use():
+    cache = InspectCache(
+        head_floor=0.1, local_layers="auto", gates="x.safetensors", policy_option=["kernel=9", "span=3"], kv_bits=4
+    )
+    window, snapkv, gated = side_by_side(cache, ["window", "snapkv", "retention_probe"])
+    assert (window.head_floor, window.local_layers, window.gates, window.policy_option) == (0.2, "", "", [])
+    assert (snapkv.head_floor, snapkv.local_layers, snapkv.gates, snapkv.policy_option) == (0.2, "", "", ["kernel=9"])
+    assert (gated.head_floor, gated.local_layers, gated.policy_option) == (0.1, "auto", ["span=3"])
+    assert gated.gates == "x.safetensors" and {window.kv_bits, snapkv.kv_bits, gated.kv_bits} == {4}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"head_floor": 0.1}, r"head-floor. would have no effect"),
+        ({"gates": "x"}, r"gates. would have no effect"),
+        ({"policy_option": ["kernel=9", "kernle=9"]}, "got 'kernle'"),
+    ],
+)
+def test_options_that_none_of_the_policies_can_use(options, message):
+    with pytest.raises(ValueError, match=message):
+        for each in side_by_side(InspectCache(**options), ["snapkv", "window"]):
+            settings_of(each)
+
+
+def test_a_folder_that_may_not_be_written_to(monkeypatch, tmp_path):
+    monkeypatch.setattr("os.access", lambda path, mode: False)
+    with pytest.raises(ValueError, match=r"may not write there; got .*; try another path"):
+        place_of(tmp_path / "page.html", "text.txt", ["window"])
 
 
 def test_bad_files(tmp_path, tiny, fable):
