@@ -25,6 +25,7 @@ from mlx_kvprune.fetch import Source, as_source, fetch, install, require_space, 
 from mlx_kvprune.gguf_reader import GGUF, read
 from mlx_kvprune.places import shipped
 from mlx_kvprune.progress import Bar, Progress
+from mlx_kvprune.reasons import first_line, of_hub
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -263,9 +264,9 @@ def _unknown(name: str) -> str:
 def _hub_errors(name: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # the hub's client raises what its HTTP library of the day raises
+    except Exception as error:
         raise ValueError(
-            f"[pull] cannot fetch {name}, and there is no such directory; got {_first_line(error)}; "
+            f"[pull] cannot fetch {name}, and there is no such directory; got {of_hub(error)}; "
             "try again with a network, or a name that `mlx-kvprune models` lists"
         ) from error
 
@@ -278,9 +279,9 @@ def load_errors(name: str) -> Iterator[None]:
     except ValueError as error:
         if str(error).startswith("["):
             raise
-        raise ValueError(f"[load] cannot load {name}; got {_first_line(error)}; {_hint(name)}") from error
+        raise ValueError(f"[load] cannot load {name}; got {first_line(error)}; {_hint(name)}") from error
     except (OSError, RuntimeError, LookupError) as error:
-        raise ValueError(f"[load] cannot load {name}; got {_first_line(error)}; {_hint(name)}") from error
+        raise ValueError(f"[load] cannot load {name}; got {first_line(error)}; {_hint(name)}") from error
 
 
 def _hint(name: str) -> str:
@@ -293,15 +294,10 @@ def _load_errors(name: str | Path, place: Path, dtype: str | None) -> Iterator[N
     try:
         yield
     except (OSError, RuntimeError, ValueError, LookupError, TypeError) as error:
-        problem = _first_line(error)
+        problem = first_line(error)
         if (place / MANIFEST).is_file() and "not supported" not in problem:
             raise ValueError(_damaged(name, dtype, problem)) from error
         raise ValueError(f"[load] cannot load {name}; got {problem}; try a directory that mlx-lm can load") from error
-
-
-def _first_line(error: Exception) -> str:
-    text = str(error).strip().removeprefix("Got: ") or type(error).__name__
-    return text.splitlines()[0][:200].rstrip(".")
 
 
 def _cast(model: Any, dtype: str | None, name: str | Path) -> None:

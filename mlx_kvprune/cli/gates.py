@@ -12,6 +12,8 @@ from mlx_kvprune.cli.options import Json, spread
 
 EPILOG = """Examples:
 
+  mlx-kvprune gates show smollm2-135m
+
   mlx-kvprune gates show gates-retention.safetensors
 
   mlx-kvprune gates pull OWNER/NAME
@@ -21,7 +23,11 @@ EPILOG = """Examples:
 
 app = typer.Typer(help="Learned gates: look at them, and share them over the Hugging Face hub.", epilog=EPILOG)
 Where = Annotated[
-    str, typer.Argument(metavar="FILE|REPO", help="A gate file, a folder of them, or OWNER/NAME on the hub.")
+    str,
+    typer.Argument(
+        metavar="FILE|MODEL|REPO",
+        help="A gate file, a folder of them, a model that `models` lists, or OWNER/NAME on the hub.",
+    ),
 ]
 File = Annotated[Path, typer.Argument(metavar="FILE", help="A gate file, as `fit` writes it.")]
 Repo = Annotated[str, typer.Argument(metavar="OWNER/NAME", help="A repository on the hub.")]
@@ -81,10 +87,13 @@ def _cards(where: str) -> list[tuple[Path, Any]]:
     Raises:
         ValueError: there are none.
     """
+    from mlx_kvprune import models
     from mlx_kvprune.gates import hub
     from mlx_kvprune.gates.files import read_card
 
     path = Path(where).expanduser()
+    if not path.exists() and where in {card.name for card in models.known_models()}:
+        path = models.models_dir() / where
     if path.is_file():
         return [(path, read_card(path))]
     if not path.is_dir() and (where.count("/") != 1 or where.startswith((".", "~", "/")) or path.suffix):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_kvprune.gates.files import SUFFIX, Card, read_card
+from mlx_kvprune.reasons import of_hub
 
 FILES = (f"gates*{SUFFIX}", "README.md")
 MARK = "<!-- written by `mlx-kvprune gates push` -->"  # a README without it is somebody's own
@@ -173,10 +174,7 @@ def _check(repo: str) -> None:
 def _errors(what: str, repo: str, hint: str) -> Iterator[None]:
     try:
         yield
-    except Exception as error:  # the hub's client raises what its HTTP library of the day raises
+    except Exception as error:
         if str(error).startswith("[gates]"):
             raise
-        text = str(error).strip() or type(error).__name__
-        raise ValueError(
-            f"[gates] cannot {what} {repo}; got {text.splitlines()[0][:200].rstrip('.')}; try {hint}"
-        ) from error
+        raise ValueError(f"[gates] cannot {what} {repo}; got {of_hub(error)}; try {hint}") from error

@@ -114,7 +114,7 @@ class SPKV(WriteGate):
     How much is held depends on the text; the budget stays a hard cap, within which larger ``u`` win.
 
     Attributes:
-        threshold: the least chance that is kept, 0 to 1: smaller holds more; null drops nothing, so that only the budget decides.
+        threshold: the least chance that is kept, 0 to 1: smaller holds more; null drops nothing, only the budget decides.
     """
 
     threshold: float | None = 0.5

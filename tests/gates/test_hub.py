@@ -139,6 +139,20 @@ def test_a_readme_of_somebodys_own_stays(our_hub, gate_file):
     assert files.located("me/model", "retention").name == "gates-mine.safetensors"
 
 
+def test_reasons_that_people_can_act_on(monkeypatch):
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    def unreachable(*_, **__):
+        try:
+            raise OSError("[Errno -2] Name or service not known")
+        except OSError as error:
+            raise LocalEntryNotFoundError("An error happened while trying to locate the files\nand more") from error
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    with pytest.raises(ValueError, match=r"got nothing of it on this disk, and no network; try a network, the repo"):
+        hub.pull("me/gates")
+
+
 def test_errors_are_one_line(our_hub, gate_file, monkeypatch):
     with pytest.raises(ValueError, match=r"^\[gates\] cannot fetch me/none; got 404 for me/none; try a network.*$"):
         hub.pull("me/none")
