@@ -337,7 +337,9 @@ def tell_ropes(model: nn.Module, bounded: list[PrunedKVCache]) -> None:
         if cache.knows_rope or attachment is None:
             continue
         if cache.model_id and cache.model_id != model_id(model):
-            raise ValueError(f"[load] saved with another model; got {cache.model_id}; try it with that model")
+            raise ValueError(
+                f"[load] saved with another model, or another precision of it; got {cache.model_id}; try it with that one"
+            )
         if cache.layer < len(attachment.rung.layers):
             cache.lends = attachment.rung.lends
             cache.longest = _longest(model, cache.settings)

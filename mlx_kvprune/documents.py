@@ -130,7 +130,8 @@ def settings_to_read(
     if chosen.budget.tokens is not None and settings.policy != "full" and chosen.budget.tokens < chosen.smallest_budget:
         raise ValueError(
             f"[{where}] the budget has no room for the {chosen.n_sink} tokens before the text, which are pinned, beside a "
-            f"ring of {chosen.ring_size}; got {chosen.budget.tokens}; try {chosen.smallest_budget + 64} or more"
+            f"ring of {chosen.ring_size}; got {chosen.budget.tokens}; try {chosen.smallest_budget} or more, better "
+            f"{100 * -(-(chosen.smallest_budget + 200) // 100)}"
         )
     return chosen
 

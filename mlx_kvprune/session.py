@@ -178,7 +178,9 @@ def unpack(arrays: dict[str, mx.array], meta: dict[str, Any], model: nn.Module) 
 
 def _check_model(found: str, model: nn.Module) -> None:
     if found != model_id(model):
-        raise ValueError(f"[load] saved with another model; got {found or 'none'}; try it with that model")
+        raise ValueError(
+            f"[load] saved with another model, or another precision of it; got {found or 'none'}; try it with that one"
+        )
 
 
 def _bounded(cache: list[Any], where: str) -> list[PrunedKVCache]:

@@ -162,7 +162,9 @@ class _Asking:
         """Read for this question, or for this and those that follow."""
         from mlx_kvprune import attach, documents
         from mlx_kvprune.attach import attachment_of
+        from mlx_kvprune.cli import output
         from mlx_kvprune.cli.stream import fill_of
+        from mlx_kvprune.forward import pruned
         from mlx_kvprune.progress import Bar
         from mlx_kvprune.reread import read_again
 
@@ -196,6 +198,8 @@ class _Asking:
                     max_tokens=self.sampling.max_tokens,
                     progress=functools.partial(show, what="reading again"),
                 )
+        if self.reread and self.reading is first and any(cache.evicted for cache in pruned(first.cache)):
+            output.say("no slots for an excerpt beside the question: answered from what the cache held", "dim")
         self.prompt_tokens = self.prompt_tokens or first.prompt.n_tokens
         self.first_seconds = self.first_seconds or self.reading.seconds
         self.read_tokens += len(first.prompt.before) + len(first.prompt.document)

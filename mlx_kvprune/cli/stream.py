@@ -163,17 +163,14 @@ def _take(run: Run, response: Any, write: Callable[[str], None]) -> None:
 
 def prefill(model: Any, tokens: list[int], cache: list[Any], step: int, stop: Stop | None = None) -> int:
     """Feed ``tokens`` into ``cache`` without generating; returns how many went in before the user stopped it."""
-    import mlx.core as mx
+    from mlx_kvprune import documents
 
     run = Run(len(tokens))
     progress = Prefilling(run, cache, stop)
     try:
         with progress.bar:
-            for start in range(0, len(tokens), step):
-                progress(start, len(tokens))
-                model(mx.array(tokens[start : start + step])[None], cache=cache)
-                mx.eval([c.state for c in cache])
-            run.prefilled = len(tokens)
+            progress(0, len(tokens))
+            documents.prefill(model, tokens, cache, step=step, progress=lambda done, total, _: progress(done, total))
     except Interrupted:
         pass
     return run.prefilled

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 
 import pytest
@@ -71,6 +72,20 @@ def test_what_was_kept_is_read_again(tiny, fable):
     said = run(*ask, "--policy", "snapkv", "-q", "Who ran?", "--reread")
     assert said.returncode == 0, said.stderr
     assert "of them again" in said.stderr
+
+
+def test_it_says_so_where_the_question_leaves_no_room_for_an_excerpt(tiny, fable):
+    ask = ["ask", fable, "--model", str(tiny), "--max-tokens", "5", "--window", "16", "-q"]
+    long = run(*ask, "Who woke? " * 20, "--budget", "200")
+    assert long.returncode == 0, long.stderr
+    assert "no slots for an excerpt beside the question" in long.stderr
+    assert "no slots for an excerpt" not in run(*ask, "Who woke?", "--budget", "400").stderr
+    small = run(*ask, "Who woke?", "--budget", "90")
+    assert small.returncode == 2
+    found = re.search(r"got 90; try (\d+) or more, better (\d+)$", small.stderr.strip())
+    assert found, small.stderr
+    assert run(*ask, "Who woke?", "--budget", found[1]).returncode == 0
+    assert int(found[1]) + 200 <= int(found[2]) < int(found[1]) + 300
 
 
 def test_several_questions_read_once_and_answer_like_one_alone(tiny, fable):
