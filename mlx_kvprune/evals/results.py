@@ -33,7 +33,8 @@ day, the machine and the versions.
   block bootstrap. Answers are exact if every token was the model's first choice; log p is the answer's, in nats.
 - Questions count only where the full cache solves 80%. *Of full's*: how many of the full cache's answers are left. Facts are
   invented, of kinds that the full cache finds; questions repeat the fact's words unless they are called paraphrased, and the
-  answer's first words are given. Intervals take questions as independent, though `ask` puts five to each document.
+  answer's first words are given. Intervals are Wilson's; where a document has several questions (`ask`), of as many independent
+  ones as these are worth by their design effect.
 - **Capacity-bound** tasks need many things held at once, **dilution-bound** ones one thing among much else: a
   policy may gain in one and lose in the other.
 - `window` (sinks and the newest tokens) and `random` are controls. `retention` asks learned gates (docs/gates.md), whose own

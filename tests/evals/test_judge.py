@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 
 from mlx_kvprune.evals import density, generation, judge
@@ -51,10 +52,38 @@ def test_wilson_intervals():
     assert judge.wilson(0, 0) == (0.0, 1.0)
 
 
+def test_intervals_of_clusters():
+    assert judge.clustered([[True]] * 8 + [[False]] * 2) == judge.wilson(8, 10), "one question to an item: Wilson's"
+    assert judge.clustered([[True] * 5] * 4) == judge.wilson(20, 20)
+    assert judge.clustered([]) == judge.clustered([[]]) == (0.0, 1.0)
+    # All five questions of a document alike: they say what one does, but for the n / (n - 1) of a variance.
+    alike = judge.clustered([[True] * 5] * 40 + [[False] * 5] * 10)
+    assert alike == pytest.approx(judge.wilson(40 * 49 / 50, 49))
+    # Spread more evenly than by chance: not narrower than independent questions.
+    assert judge.clustered([[True] * 4 + [False]] * 10) == judge.wilson(40, 50)
+
+
+def test_clusters_cover_what_they_should():
+    """Documents that are easier or harder: nineteen of twenty intervals hold the share that is true of all documents."""
+    rng, held, naive = np.random.default_rng(0), 0, 0
+    for _ in range(400):
+        easy = rng.beta(3, 1, size=30)  # mean 0.75
+        items = [list(rng.random(5) < p) for p in easy]
+        low, high = judge.clustered(items)
+        held += low <= 0.75 <= high
+        low, high = judge.wilson(sum(map(sum, items)), 150)
+        naive += low <= 0.75 <= high
+    assert 0.92 < held / 400 < 0.98
+    assert naive < held
+
+
 def test_intervals_of_means():
-    got = judge.mean_interval("x", [0.0, 1.0] * 50)
+    got = judge.mean_interval("x", [[0.0], [1.0]] * 50)
     assert got["x"] == 0.5
     assert (got["x_low"], got["x_high"]) == pytest.approx((0.4, 0.6), abs=0.03)
+    whole = judge.mean_interval("x", [[0.0] * 9, [1.0] * 9] * 50)
+    assert (whole["x_low"], whole["x_high"]) == (got["x_low"], got["x_high"])
+    assert judge.mean_interval("x", [[1.0, 1.0], [4.0], []])["x"] == 2.0
 
 
 @pytest.mark.parametrize(
