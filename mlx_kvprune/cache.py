@@ -511,6 +511,13 @@ class PrunedKVCache:
         return pool.limit
 
     @property
+    def pool_slots(self) -> int:
+        """Slots of this layer's equal share of the budget, over all heads: seldom whole pages."""
+        pool = self.held.last
+        assert isinstance(pool, PagedPool)
+        return pool.heads * self.held.specs[-1].limit
+
+    @property
     def most_pages(self) -> int | None:
         """Pages that one head may have, where positions are those in the cache: the model was not trained for more."""
         if self.longest is None:

@@ -102,10 +102,15 @@ def _shares(caches: list[PrunedKVCache]) -> list[Any]:
     assert all(isinstance(pool, PagedPool) for pool in pools)
     heads = [pool.heads for pool in pools if isinstance(pool, PagedPool)]
     ranked = [keys for x in contests if x and x.candidates for keys in x.candidates.ranked]
-    pages = sum(c.page_limit for c in caches)
+    pages = pages_of_all(caches)
     floor = floor_pages(pages, len(ranked), caches[0].settings, caches[0].protected)
     shares = share_pages(ranked, pages, floor, PAGE // caches[0].held.last.format.granule, caches[0].most_pages)
     return np.split(shares, np.cumsum(heads)[:-1])
+
+
+def pages_of_all(caches: Iterable[PrunedKVCache]) -> int:
+    """Pages for which all layers compete: the slots of all of them, cut into pages once and not in every layer."""
+    return sum(c.pool_slots for c in caches) // PAGE
 
 
 def leading(bounded: list[PrunedKVCache]) -> PrunedKVCache:

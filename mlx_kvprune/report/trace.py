@@ -13,7 +13,7 @@ import numpy as np
 
 from mlx_kvprune.allocators import floor_pages
 from mlx_kvprune.cache import PrunedKVCache
-from mlx_kvprune.forward import leaves, pruned
+from mlx_kvprune.forward import leaves, pages_of_all, pruned
 from mlx_kvprune.report import CacheReport, report
 from mlx_kvprune.settings import CacheSettings, layers_text
 from mlx_kvprune.slots import PagedPool
@@ -260,7 +260,6 @@ def _at_floor(bounded: Sequence[PrunedKVCache]) -> np.ndarray | None:
     if not bounded[0].settings.ragged or not any(_pages(cache) for cache in bounded):
         return None
     pools = {i: pool for i, cache in enumerate(bounded) if (pool := _pages(cache))}
-    limits = {i: pool.limit for i, pool in pools.items()}
     everywhere = bounded[0].settings.allocator == "global"
     found = []
     for i, cache in enumerate(bounded):
@@ -268,7 +267,7 @@ def _at_floor(bounded: Sequence[PrunedKVCache]) -> np.ndarray | None:
         if i not in pools:
             found.append(np.zeros(heads, bool))
             continue
-        pages = sum(limits.values()) if everywhere else limits[i]
+        pages = pages_of_all(bounded[i] for i in pools) if everywhere else cache.page_limit
         among = sum(pool.heads for pool in pools.values()) if everywhere else heads
         floor = floor_pages(pages, among, cache.settings, cache.protected)
         found.append(np.bincount(pools[i].owner, minlength=heads) <= floor)

@@ -130,8 +130,7 @@ class Simulated:
         else:
             pages = dict.fromkeys(group, 0)
             has = {key: -(-len(ranked[key]) // PAGE) for key in group}
-            per_layer = [len([key for key in group if key[0] == layer]) for layer in {key[0] for key in group}]
-            most = sum(max(n, n * self.room // PAGE) for n in per_layer)
+            most = max(len(group), len(group) * self.room // PAGE)
             floor = min(math.ceil(self.head_floor * most / len(group)), most // len(group))
             pages = {key: min(floor, has[key]) for key in group}
             worth = lambda key: ranked[key][min(pages[key] * PAGE + PAGE // 2, len(ranked[key]) - 1)]
