@@ -11,6 +11,7 @@ from mlx_kvprune.scorers.base import Scorer, options_of
 from mlx_kvprune.settings import DEFAULT_BLOCK, DEFAULT_WINDOW, CacheSettings
 
 GLOBAL_BLOCK = 128  # where all layers compete, the model is called in steps of a block: short ones are slow
+PART_OF_BUDGET, GLOBAL_PART = 4, 8  # a block is at most this part of it: what the ring holds cannot be chosen
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,8 @@ class Policy:
         scorer: the signal, with its default hyper-parameters; None keeps everything.
         summary: one line for ``mlx-kvprune policies``.
         window: newest tokens that are never evicted, unless the user says otherwise.
-        block: tokens between two upkeeps (the trigger), likewise; at most a quarter of a budget in tokens.
+        block: tokens between two upkeeps (the trigger), likewise; at most a quarter of a budget in tokens, an eighth where
+            all layers compete.
         allocator: how the budget is shared, likewise.
         gates: the method whose learned gates it needs; empty if it needs none.
     """
@@ -44,7 +46,7 @@ class Policy:
             settings = settings.but(window=self.window)
         if settings.block is None and settings.budget.nbytes is None:
             wanted = self.most_block(settings)
-            settings = settings.but(block=self.block_at(settings.budget.tokens or 4 * wanted, settings))
+            settings = settings.but(block=self.block_at(settings.budget.tokens or GLOBAL_PART * wanted, settings))
         return settings
 
     def most_block(self, settings: CacheSettings) -> int:
@@ -53,8 +55,9 @@ class Policy:
 
     def block_at(self, tokens: int, settings: CacheSettings) -> int:
         """Tokens between two upkeeps with a budget of ``tokens`` per KV head, which has room for them."""
+        part = GLOBAL_PART if settings.allocator == "global" else PART_OF_BUDGET
         for block in range(self.most_block(settings), DEFAULT_BLOCK, -DEFAULT_BLOCK):
-            if block <= tokens // 4 and settings.but(block=block).smallest_budget <= tokens:
+            if block <= tokens // part and settings.but(block=block).smallest_budget <= tokens:
                 return block
         return DEFAULT_BLOCK
 
