@@ -26,9 +26,10 @@ from mlx_kvprune.cache import PrunedKVCache
 from mlx_kvprune.forward import forward, pruned
 from mlx_kvprune.gates import Gates
 from mlx_kvprune.gates import files as gate_files
-from mlx_kvprune.ladder import Rung, find_rung, trained_context, why_unranked
-from mlx_kvprune.policy import Policy, find, policy_for
-from mlx_kvprune.rope import check_rankable, find_rope
+from mlx_kvprune.ladder import Rung, find_rung, trained_context
+from mlx_kvprune.policy import find, policy_for
+from mlx_kvprune.refusals import check_full, check_policy, why_no_ranks
+from mlx_kvprune.rope import find_rope
 from mlx_kvprune.scorers import Scorer
 from mlx_kvprune.settings import DEFAULT_BLOCK, Budget, CacheSettings
 from mlx_kvprune.vlm import check_call, decoder, of_mlx_vlm, plain_caches
@@ -193,10 +194,10 @@ def slots_for(model: nn.Module, settings: CacheSettings) -> list[int] | None:
     attachment: Attachment = model.__dict__[SLOT]
     policy, settings = policy_for(settings)
     if policy.scorer is None:
-        _check_full(settings)
+        check_full(settings)
         return None
     settings = with_local(model, settings)
-    _check_policy(attachment.rung, policy, settings)
+    check_policy(attachment.rung, policy, settings)
     if of_mlx_vlm(model) and policy.scorer.needs & {"logits", "question"}:
         raise ValueError(
             f"[policy] {policy.name} reads tokens by their ids, which images have not; got a model of mlx-vlm; try snapkv"
@@ -396,87 +397,12 @@ def _named_after(parent: type, call: Callable[..., Any]) -> type:
     return type(parent.__name__, (parent,), names)
 
 
-def _check_full(settings: CacheSettings) -> None:
-    """Refuse what mlx-lm's own cache would ignore."""
-    default = CacheSettings()
-    for name in ("kv_bits", "kv_key_bits", "kv_value_bits", "allocator", "local_layers"):
-        if getattr(settings, name) not in (getattr(default, name), "uniform"):
-            raise ValueError(
-                f"[{name.replace('_', '-')}] policy full is mlx-lm's own cache; got {getattr(settings, name)}; "
-                "try another policy"
-            )
-    if settings.positions == "cache":
-        raise ValueError("[positions] policy full is mlx-lm's own cache; got cache; try another policy")
-
-
-def _check_policy(rung: Rung, policy: Policy, settings: CacheSettings) -> None:
-    assert policy.scorer is not None
-    needs = policy.scorer.needs
-    if rung.name == "uniform" and policy.scorer.least is not None:
-        raise ValueError(
-            f"[threshold] policy {policy.name!r} drops tokens of some heads only, which this model cannot take; got "
-            f"{rung.reason}; try --policy-option threshold=null with --allocator uniform"
-        )
-    if rung.name == "uniform" and settings.allocator != "uniform":
-        who = "heads" if settings.ragged else "layers"  # whose masks are one array, made for the first layer
-        raise ValueError(
-            f"[allocator] {settings.allocator} lets {who} hold differently many slots, which this model cannot take; got "
-            f"{rung.reason}; try --allocator uniform"
-        )
-    if rung.name == "uniform" and settings.local_layers:
-        raise ValueError(
-            f"[local-layers] layers would hold differently many slots, which this model cannot take; got {rung.reason}; "
-            "try it without --local-layers"
-        )
-    if rung.name == "uniform" and needs & {"attention", "queries"}:
-        raise ValueError(
-            f"[policy] {policy.name} needs the queries, which this model keeps to itself; got {rung.reason}; "
-            "try window, knorm, keydiff, random or surprise"
-        )
-    if "question" in needs and not settings.question:
-        raise ValueError(f"[policy] {policy.name} needs a question; got none; try `ask`, or question=<token ids>")
-    if "rope" in needs and any(_rotates_unseen(x.attention) or _rotates_a_part(x) for x in rung.layers):
-        raise ValueError(
-            f"[policy] {policy.name} needs the model's rotary module; got an attention without one; try snapkv"
-        )
-
-
 def cannot_rank(model: nn.Module) -> str:
     """Why a model cannot have positions in the cache; empty if it can. Tried once; the hook is put in for it."""
     attachment = hooked(model)
     if attachment.unranked is None:
-        attachment.unranked = _try_ranks(model, attachment.rung)
+        attachment.unranked = why_no_ranks(model, attachment.rung, lambda fn: replaced(model, fn))
     return attachment.unranked
-
-
-def _try_ranks(model: nn.Module, rung: Rung) -> str:
-    ropes = [find_rope(layer.attention) for layer in rung.layers]
-    if any(_rotates_unseen(layer.attention) for layer in rung.layers):
-        return "cache positions need the model's rotary module; got an attention without one"
-    try:
-        for rope in ropes:
-            check_rankable(rope)
-    except ValueError as error:
-        return str(error).removeprefix("[positions] ").split("; try")[0]
-    reason = why_unranked(model, lambda fn: replaced(model, fn), ropes, rung.name == "uniform")
-    return reason and f"cache positions need keys that come straight from the rotary module; got {reason}"
-
-
-def _rotates_a_part(layer: Any) -> bool:
-    """Whether a rotary module cannot take a whole key: it is meant for a part of it."""
-    rope = find_rope(layer.attention)
-    if rope is None:
-        return False
-    try:
-        mx.eval(rope(mx.zeros((1, 1, 1, layer.shape.key_dim)), offset=0))
-    except ValueError:
-        return True
-    return False
-
-
-def _rotates_unseen(attention: nn.Module) -> bool:
-    """Whether an attention has no rotary module that can be found (layers that say so have no positions at all)."""
-    return find_rope(attention) is None and getattr(attention, "use_rope", True)
 
 
 # -- caches ----------------------------------------------------------------------------------------------------------
