@@ -1,6 +1,6 @@
 """The page of results, made from stored runs:
 
-    python -m mlx_kvprune.evals.results docs/results/*.jsonl > docs/results.md
+    python -m mlx_kvprune.evals.results docs/results/*.jsonl --pictures docs/results > docs/results.md
 
 Each file is what ``mlx-kvprune eval --out FILE`` wrote; a run that is not finished gives the rows that are there.
 ``bench.stored`` makes the section on speed.
@@ -8,6 +8,7 @@ Each file is what ``mlx-kvprune eval --out FILE`` wrote; a run that is not finis
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -17,10 +18,13 @@ from typing import Any
 
 from mlx_kvprune.evals import tables
 from mlx_kvprune.evals.findings import findings, over_seeds
+from mlx_kvprune.evals.frontier import panels
 from mlx_kvprune.evals.store import Unit, parsed
 from mlx_kvprune.evals.tasks import TASKS
+from mlx_kvprune.report.frontier import draw
 
 Row = dict[str, Any]
+DRAWN_FROM = 3  # budgets that make a line
 HEAD = """# Results: quality against the full cache; speed and memory
 
 Made of stored runs by the command in [results/README.md](results/README.md); each table has the command that measured it, the
@@ -45,12 +49,13 @@ day, the machine and the versions.
 
 @dataclass
 class Table:
-    """The units of one task under one setup, and the runs that measured them."""
+    """The units of one task under one setup, and the runs that measured them; ``name`` is their file's."""
 
     task: str
     setup: dict[str, Any]
     runs: list[dict[str, Any]] = field(default_factory=list)
     units: list[Unit] = field(default_factory=list)
+    name: str = ""
 
     def rows(self) -> list[Row]:
         """The task's rows."""
@@ -73,7 +78,7 @@ def read(paths: Sequence[Path]) -> list[Table]:
             raise ValueError(f"[results] cannot read {path}; got {error.strerror}; try docs/results/*.jsonl") from error
         for run, unit in _with_runs(parsed(lines, path)):
             place = json.dumps([path.name, unit["task"], unit["setup"]], sort_keys=True)
-            table = found.setdefault(place, Table(unit["task"], unit["setup"]))
+            table = found.setdefault(place, Table(unit["task"], unit["setup"], name=path.stem))
             table.units.append(unit)
             if run not in table.runs:
                 table.runs.append(run)
@@ -89,12 +94,17 @@ def _with_runs(lines: Sequence[dict[str, Any]]) -> Iterator[tuple[dict[str, Any]
             yield run, line
 
 
-def page(read_tables: Sequence[Table]) -> str:
-    """The whole page: per model what follows, then the tables."""
+def page(read_tables: Sequence[Table], pictures: Path | None = None) -> str:
+    """The whole page: per model what follows, then the tables.
+
+    Args:
+        pictures: a folder beside the page, into which a picture of each table is drawn that says how KL falls with bytes.
+    """
     parts = [HEAD]
     for model in dict.fromkeys(table.setup["model"] for table in read_tables):
         mine = [table for table in read_tables if table.setup["model"] == model]
-        parts += [f"## {model}", *_findings(mine), *(_section(table) for table in sorted(mine, key=_order))]
+        parts += [f"## {model}", *_findings(mine)]
+        parts += [_section(table, pictures) for table in sorted(mine, key=_order)]
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
@@ -119,14 +129,23 @@ def _findings(mine: Sequence[Table]) -> Iterator[str]:
         yield "### Over seeds\n\n" + "\n".join(f"- {line}." for line in spread)
 
 
-def _section(table: Table) -> str:
+def _section(table: Table, pictures: Path | None) -> str:
     rows = table.rows()
     header, cells = tables.table(table.task, rows)
     setup = table.setup
     about = f"{setup['tokens']:,} tokens, data {setup['data']}, seed {setup['seed']}, type {setup['dtype']}"
-    return "\n".join(
-        [f"### {tables.title(table.task, rows)}", "", *_origins(table), f"{about}.", "", tables.drawn(header, cells)]
-    )
+    text = [f"### {tables.title(table.task, rows)}", "", *_origins(table), f"{about}.", ""]
+    budgets = {row["share"] for row in rows if row.get("share")}
+    if pictures is not None and table.task == "fidelity" and len(budgets) >= DRAWN_FROM:
+        text += [f"![KL against bytes]({_drawn(table, rows, pictures)})", ""]
+    return "\n".join([*text, tables.drawn(header, cells)])
+
+
+def _drawn(table: Table, rows: Sequence[Row], folder: Path) -> str:
+    """Draw KL against bytes; returns where, seen from a page beside the folder."""
+    place = folder / f"{table.name}-{table.setup['tokens']}.png"
+    draw(panels(rows), place)
+    return f"{folder.name}/{place.name}"
 
 
 def _origins(table: Table) -> Iterator[str]:
@@ -137,12 +156,18 @@ def _origins(table: Table) -> Iterator[str]:
     yield from (f"{place}  " for place in dict.fromkeys(places))
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Write the page of the files that are named to standard output."""
-    if not sys.argv[1:]:
-        sys.exit("[results] no files; got none; try docs/results/*.jsonl")
+    parser = argparse.ArgumentParser(
+        "python -m mlx_kvprune.evals.results", description="Stored runs as a page in Markdown."
+    )
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="what `mlx-kvprune eval --out` wrote")
+    parser.add_argument(
+        "--pictures", type=Path, metavar="FOLDER", help="draw KL against bytes into this folder beside the page"
+    )
+    asked = parser.parse_args(arguments)
     try:
-        text = page(read([Path(name) for name in sys.argv[1:]]))
+        text = page(read(asked.files), asked.pictures)
     except ValueError as error:
         sys.exit(str(error))
     sys.stdout.write(text)

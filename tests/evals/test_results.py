@@ -166,6 +166,20 @@ def test_pictures_have_a_line_per_policy_with_intervals(tmp_path):
         pictures.draw([kl], tmp_path / "b.nonsense")
 
 
+def test_the_page_shows_pictures_where_there_are_budgets_enough(tmp_path):
+    units = [prediction("window", 0.2, share=share) for share in ("1/4", "1/8", "1/16")]
+    (tmp_path / "results").mkdir()
+    tables = [
+        results.Table("fidelity", SETUP, [], units, "long"),
+        results.Table("fidelity", SETUP, [], units[:2], "short"),
+    ]
+    text = results.page(tables, tmp_path / "results")
+    place = f"results/long-{SETUP['tokens']}.png"
+    assert text.count("![") == text.count(f"![KL against bytes]({place})") == 1
+    assert (tmp_path / place).read_bytes().startswith(b"\x89PNG")
+    assert "![" not in results.page(tables)
+
+
 def test_only_what_differs_names_a_line():
     rows = [prediction("window", 0.1), prediction("window", 0.1, kv_bits=4)]
     table = results.Table("fidelity", SETUP, [], rows).rows()
