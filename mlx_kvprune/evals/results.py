@@ -42,8 +42,8 @@ day, the machine and the versions.
 - **Capacity-bound** tasks need many things held at once, **dilution-bound** ones one thing among much else: a
   policy may gain in one and lose in the other.
 - `window` (sinks and the newest tokens) and `random` are controls. `retention` asks learned gates (docs/gates.md), whose own
-  bytes (1.7 MB in the file, twice that at work) are not in `kv MB`. Neither training nor tuning saw these texts, but for
-  `aesop-fables`, at which gates were looked at while they trained.
+  bytes (1.7 MB in the file, twice that at work) are not in `kv MB`. Training did not see these texts; at `aesop-fables` gates were
+  looked at while they trained, and `mansfield-park` was looked at to say how long a block of `global` may be.
 """
 
 
