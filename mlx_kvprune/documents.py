@@ -17,7 +17,7 @@ import mlx.nn as nn
 
 from mlx_kvprune.attach import attachment_of, make_from_settings
 from mlx_kvprune.context import placed
-from mlx_kvprune.policy import knows_question
+from mlx_kvprune.policy import knows_question, policy_for
 from mlx_kvprune.report import CacheReport, report
 from mlx_kvprune.settings import CacheSettings
 
@@ -108,10 +108,14 @@ def prompt_for(tokenizer: Any, document: str, question: str, *, pinned: bool) ->
 
 
 def settings_for(settings: CacheSettings, prompt: Prompt) -> CacheSettings:
-    """Pin what stands before the document; let the question probe where the policy does."""
+    """Pin what stands before the document; let the question probe where the policy does. A block that nobody asked for is
+    chosen anew, for what is pinned takes its room."""
     n_sink = max(settings.n_sink, len(prompt.before))
     question = tuple(prompt.after) if knows_question(settings.policy) else ()
-    return settings.but(n_sink=n_sink, question=question)
+    left_open = settings.but(block=None)
+    if policy_for(left_open)[1].block == settings.block:
+        settings = left_open
+    return policy_for(settings.but(n_sink=n_sink, question=question))[1]
 
 
 def settings_to_read(

@@ -23,8 +23,8 @@ class Policy:
         scorer: the signal, with its default hyper-parameters; None keeps everything.
         summary: one line for ``mlx-kvprune policies``.
         window: newest tokens that are never evicted, unless the user says otherwise.
-        block: tokens between two upkeeps (the trigger), likewise; at most a quarter of a budget in tokens, an eighth where
-            all layers compete.
+        block: tokens between two upkeeps (the trigger), likewise; more than 32 are at most a quarter of a budget in tokens,
+            an eighth where all layers compete.
         allocator: how the budget is shared, likewise.
         gates: the method whose learned gates it needs; empty if it needs none.
     """

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-OF_HUB = {  # kinds of errors of huggingface-hub, the more special first
+OF_HUB = {  # kinds of errors of huggingface-hub and of the HTTP libraries below it, the more special first
     "GatedRepoError": "terms that must be accepted on its page first",
     "RepositoryNotFoundError": "no such repository, or a private one",
-    "LocalEntryNotFoundError": "nothing of it on this disk, and no network",
-    "OfflineModeIsEnabled": "no network by HF_HUB_OFFLINE",
-    "ConnectError": "no network",
+    "OfflineModeIsEnabled": "nothing of it on this disk, and HF_HUB_OFFLINE is set",
+    "TransportError": "no network",  # of httpx
+    "ConnectionError": "no network",  # of requests
 }
 
 
@@ -20,9 +20,11 @@ def first_line(error: BaseException) -> str:
 
 
 def of_hub(error: BaseException) -> str:
-    """Why the hub's client gave up; it raises what its HTTP library of the day raises, so kinds go by their names."""
-    kinds = {kind.__name__ for each in _chain(error) for kind in type(each).__mro__}
-    return next((words for name, words in OF_HUB.items() if name in kinds), first_line(error))
+    """Why the hub's client gave up: it wraps what it met, whose kinds go by their names."""
+    chain = list(_chain(error))
+    kinds = {kind.__name__ for each in chain for kind in type(each).__mro__}
+    words = next((words for name, words in OF_HUB.items() if name in kinds), "")
+    return words or first_line(chain[-1])
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

@@ -10,7 +10,7 @@ import tiny_models as zoo
 import mlx_kvprune as kvp
 from mlx_kvprune.attach import make_from_settings, settings_from
 from mlx_kvprune.context import placed
-from mlx_kvprune.documents import prefill, prompt_for, read, settings_for
+from mlx_kvprune.documents import Prompt, prefill, prompt_for, read, settings_for
 from mlx_kvprune.forward import pruned
 from mlx_kvprune.ladder import trained_context
 from mlx_kvprune.settings import CacheSettings
@@ -141,3 +141,17 @@ def test_no_head_holds_more_than_the_model_was_trained_for(allocator):
     assert 450 < most <= limit
     assert all(c.offset <= limit for c in pruned(cache))
     kvp.detach(model)
+
+
+@pytest.mark.parametrize("policy", ["probe", "spkv", "dms", "retention_probe", "window"])
+@pytest.mark.parametrize("pinned", [0, 45, 200, 430])
+def test_the_block_leaves_room_for_what_is_pinned(policy, pinned):
+    """A budget is refused only where not even the shortest block fits beside the pinned tokens."""
+    prompt = Prompt([1] * pinned, [2] * 9, [3] * 5)
+    window = settings_from(policy=policy, budget=4096).window
+    least = max(4, pinned) + window + 32 + settings_from(policy=policy, budget=4096).smallest_pool
+    for budget in range(max(least - 1, window + 70), least + 400, 3):
+        settings = settings_for(settings_from(policy=policy, budget=budget), prompt)
+        assert (settings.smallest_budget <= budget) == (least <= budget), (budget, settings.block)
+    asked = settings_for(settings_from(policy=policy, budget=2048, block=64), prompt)
+    assert asked.block == 64, "a block that was asked for stays"

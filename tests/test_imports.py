@@ -7,6 +7,7 @@ import mlx_kvprune
 
 ORDER = [
     "places",
+    "reasons",
     "blas",
     "settings",
     "numerics",
@@ -26,6 +27,7 @@ ORDER = [
     "vlm",
     "forward",
     "ladder",
+    "refusals",
     "rebind",
     "attach",
     "session",

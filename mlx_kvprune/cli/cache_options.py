@@ -228,13 +228,21 @@ def with_effect(options: Options) -> Options:
 
 
 def side_by_side(options: Options, policies: list[str]) -> list[Options]:
-    """The options for each of several policies: what only some of them can use is theirs alone. What none can use is left
-    for ``settings_of`` to refuse."""
-    given = options.policy_option or []
-    unknown = [text for text in given if not any(_takes(name, text) for name in policies)]
+    """The options for each of several policies: what only some of them can use is theirs alone. Options of the cache that
+    none can use are left for ``settings_of`` to refuse.
+
+    Raises:
+        ValueError: a hyper-parameter that none of them has.
+    """
+    given, known = options.policy_option or [], {}
+    for name in policies:
+        known |= _hyperparameters(name)
+    for text in given:
+        if (name := _name_of(text)) not in known:
+            raise ValueError(_no_such_option(" and ".join(policies), name, known))
     each = []
     for name in policies:
-        own = [text for text in given if text in unknown or _takes(name, text)]
+        own = [text for text in given if _name_of(text) in _hyperparameters(name)]
         each.append(replace(options, policy=name, policy_option=own))
     fitting = [with_effect(one) for one in each]
     pairs = list(zip(each, fitting, strict=True))
@@ -242,13 +250,18 @@ def side_by_side(options: Options, policies: list[str]) -> list[Options]:
     return [replace(fit, **{name: getattr(one, name) for name in refused}) for one, fit in pairs]
 
 
-def _takes(policy: str, option: str) -> bool:
-    """Whether the policy has the option that ``NAME=VALUE`` names."""
+def _hyperparameters(policy: str) -> dict[str, Any]:
+    """Those of a policy, by name, with their defaults."""
     from mlx_kvprune.policy import find
     from mlx_kvprune.scorers.base import options_of
 
     scorer = find(policy).scorer
-    return scorer is not None and option.partition("=")[0].strip().replace("-", "_") in options_of(scorer)
+    return options_of(scorer) if scorer is not None else {}
+
+
+def _name_of(option: str) -> str:
+    """The name in ``NAME=VALUE``."""
+    return option.partition("=")[0].strip().replace("-", "_")
 
 
 def _unchecked(options: CacheOptions, seed: int = 0, **more: Any) -> CacheSettings:
@@ -291,14 +304,12 @@ def check_budget(settings: CacheSettings) -> None:
 def policy_options(policy: str, texts: list[str]) -> dict[str, Any]:
     """``["kernel=7", "pooling=max"]`` as hyper-parameters of the policy, each in the type of its default."""
     from mlx_kvprune.policy import find
-    from mlx_kvprune.scorers.base import options_of
 
-    scorer = find(policy).scorer
-    known = options_of(scorer) if scorer is not None else {}
+    scorer, known = find(policy).scorer, _hyperparameters(policy)
     found = {}
     for text in texts:
-        name, equals, value = text.partition("=")
-        name = name.strip().replace("-", "_")
+        _, equals, value = text.partition("=")
+        name = _name_of(text)
         if not equals or not name:
             raise ValueError(f"[policy-option] not NAME=VALUE; got {text!r}; try one of: {_spelled(known)}")
         if name not in known:
@@ -316,7 +327,7 @@ def _optional(scorer: Any) -> set[str]:
 def _no_such_option(policy: str, name: str, known: dict[str, Any]) -> str:
     near = difflib.get_close_matches(name, known, n=1)
     hint = f"{near[0]}={known[near[0]]}" if near else f"one of: {_spelled(known)}"
-    return f"[policy-option] {policy} has no such option; got {name!r}; try {hint}"
+    return f"[policy-option] {policy} {'have' if ' ' in policy else 'has'} no such option; got {name!r}; try {hint}"
 
 
 def _spelled(known: dict[str, Any]) -> str:

@@ -96,6 +96,17 @@ def refuse_ignored(arguments: list[str]) -> None:
             raise ValueError(f"[exec] {flag} has no effect on bounded caches; got {argument!r}; try {REFUSED[flag]}")
 
 
+def not_ours(option: str, known: list[str]) -> str:
+    """What to say of an option before the ``--`` that is most likely mlx-lm's; empty where it is a misspelt one of ours."""
+    if option in REFUSED:
+        return f"[exec] {option} has no effect on bounded caches; got it before the `--`; try {REFUSED[option]}"
+    word = option.strip("-")
+    if any(word in name for name in known) or difflib.get_close_matches(option, known, n=1, cutoff=0.75):
+        return ""
+    hint = f"mlx-lm's own options after the `--`: mlx-kvprune exec -- mlx_lm.generate {option} ..."
+    return f"[exec] no such option of the cache; got {option!r}; try {hint}"
+
+
 def resolved(arguments: list[str], dtype: str | None) -> Iterator[str]:
     """The arguments, the value of --model a directory if it was the name of a known model."""
     is_value = False

@@ -149,10 +149,8 @@ def _usage(error: Any) -> str:
     path = context.command_path if context is not None else PROGRAM
     if getattr(error, "option_name", None) and type(error).__name__ == "NoSuchOption":
         known = [name for param in context.command.params for name in param.opts] if context is not None else []
-        typo = difflib.get_close_matches(error.option_name, known, n=1, cutoff=0.75)
-        if context is not None and context.info_name == "exec" and not typo:  # most likely one of mlx-lm's
-            hint = f"mlx-lm's own options after `--`: {path} -- mlx_lm.generate {error.option_name} ..."
-            return f"[usage] no such option of the cache; got {error.option_name!r}; try {hint}"
+        if context is not None and context.info_name == "exec" and (text := exec_.not_ours(error.option_name, known)):
+            return text
         return _not_known("option", error.option_name, known, path)
     if message.startswith("No such command") and context is not None:
         return _not_known("verb", message.split("'")[1], list(context.command.commands), path)

@@ -104,7 +104,7 @@ def bytes_line(report: CacheReport) -> str:
     """Bytes held, against what an unpruned cache would take."""
     line = f"memory {megabytes(report.kv_bytes)} held"
     if report.policy == "full":
-        line += f" for {report.tokens_seen:,} tokens; nothing was evicted"
+        line += f" for {report.tokens_seen:,} tokens"
     else:
         saved = report.kv_bytes_full / max(1, report.kv_bytes)
         line += f"; the full cache of {report.tokens_seen:,} tokens would take {megabytes(report.kv_bytes_full)}"

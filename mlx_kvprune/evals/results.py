@@ -37,13 +37,13 @@ day, the machine and the versions.
   block bootstrap. Answers are exact if every token was the model's first choice; log p is the answer's, in nats.
 - Questions count only where the full cache solves 80%. *Of full's*: how many of the full cache's answers are left. Facts are
   invented, of kinds that the full cache finds; questions repeat the fact's words unless they are called paraphrased, and the
-  answer's first words are given. Intervals are Wilson's; where a document has several questions (`ask`), of as many independent
-  ones as these are worth by their design effect.
+  answer's first words are given. Intervals are Wilson's; where a document has several questions (`ask`), of as many
+  independent ones as these are worth by their design effect, with Student's quantile.
 - **Capacity-bound** tasks need many things held at once, **dilution-bound** ones one thing among much else: a
   policy may gain in one and lose in the other.
 - `window` (sinks and the newest tokens) and `random` are controls. `retention` asks learned gates (docs/gates.md), whose own
-  bytes (1.7 MB in the file, twice that at work) are not in `kv MB`. Training did not see these texts; at `aesop-fables` gates were
-  looked at while they trained, and `mansfield-park` was looked at to say how long a block of `global` may be.
+  bytes (1.7 MB in the file, twice that at work) are not in `kv MB`. Training did not see these texts; at `aesop-fables` gates
+  were looked at while they trained, and `mansfield-park` was looked at to say how long a block of `global` may be.
 """
 
 
@@ -100,11 +100,12 @@ def page(read_tables: Sequence[Table], pictures: Path | None = None) -> str:
     Args:
         pictures: a folder beside the page, into which a picture of each table is drawn that says how KL falls with bytes.
     """
-    parts = [HEAD]
+    parts, names = [HEAD], _picture_names(read_tables)
     for model in dict.fromkeys(table.setup["model"] for table in read_tables):
         mine = [table for table in read_tables if table.setup["model"] == model]
         parts += [f"## {model}", *_findings(mine)]
-        parts += [_section(table, pictures) for table in sorted(mine, key=_order)]
+        for table in sorted(mine, key=_order):
+            parts.append(_section(table, pictures / names[id(table)] if pictures else None))
     return "\n\n".join(part.strip() for part in parts) + "\n"
 
 
@@ -129,23 +130,28 @@ def _findings(mine: Sequence[Table]) -> Iterator[str]:
         yield "### Over seeds\n\n" + "\n".join(f"- {line}." for line in spread)
 
 
-def _section(table: Table, pictures: Path | None) -> str:
+def _picture_names(read_tables: Sequence[Table]) -> dict[int, str]:
+    """A file name for each table, by ``id``: no two alike."""
+    found: dict[int, str] = {}
+    for table in read_tables:
+        name, number = f"{table.name}-{table.setup['tokens']}", 2
+        while f"{name}.png" in found.values():
+            name, number = f"{table.name}-{table.setup['tokens']}-{number}", number + 1
+        found[id(table)] = f"{name}.png"
+    return found
+
+
+def _section(table: Table, picture: Path | None) -> str:
     rows = table.rows()
     header, cells = tables.table(table.task, rows)
     setup = table.setup
     about = f"{setup['tokens']:,} tokens, data {setup['data']}, seed {setup['seed']}, type {setup['dtype']}"
     text = [f"### {tables.title(table.task, rows)}", "", *_origins(table), f"{about}.", ""]
     budgets = {row["share"] for row in rows if row.get("share")}
-    if pictures is not None and table.task == "fidelity" and len(budgets) >= DRAWN_FROM:
-        text += [f"![KL against bytes]({_drawn(table, rows, pictures)})", ""]
+    if picture is not None and table.task == "fidelity" and len(budgets) >= DRAWN_FROM:
+        draw(panels(rows), picture)
+        text += [f"![KL against bytes]({picture.resolve().parent.name}/{picture.name})", ""]
     return "\n".join([*text, tables.drawn(header, cells)])
-
-
-def _drawn(table: Table, rows: Sequence[Row], folder: Path) -> str:
-    """Draw KL against bytes; returns where, seen from a page beside the folder."""
-    place = folder / f"{table.name}-{table.setup['tokens']}.png"
-    draw(panels(rows), place)
-    return f"{folder.name}/{place.name}"
 
 
 def _origins(table: Table) -> Iterator[str]:
@@ -167,8 +173,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     asked = parser.parse_args(arguments)
     try:
+        if asked.pictures is not None:
+            asked.pictures.mkdir(parents=True, exist_ok=True)
         text = page(read(asked.files), asked.pictures)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         sys.exit(str(error))
     sys.stdout.write(text)
 

@@ -93,6 +93,11 @@ EARLY = [  # found out before a model is loaded
     ("pull", r"missing argument 'NAME'; try `mlx-kvprune pull --help`"),
     ("exec", r"\[exec\] no command; got none; try"),
     ("exec --model x -- mlx_lm.generate", r"no such option .*; got '--model'; try .* exec -- mlx_lm.generate --model"),
+    (
+        "exec --max-kv-size 9 -- mlx_lm.generate",
+        r"--max-kv-size has no effect on bounded caches; .*; try --budget before",
+    ),
+    ("exec --kv-bit 4 -- mlx_lm.generate", r"no such option; got '--kv-bit'; try --kv-bits"),
     ("exec --bugdet 9 -- mlx_lm.generate", r"no such option; got '--bugdet'; try --budget"),
     ("exec -- mlx_lm.serve", r"\[exec\] not a verb .*; got 'mlx_lm.serve'; try mlx_lm.server"),
     ("exec -- ls", r"\[exec\] not a verb .*; got 'ls'; try mlx_lm\."),

@@ -137,13 +137,17 @@ def test_options_that_only_one_of_the_policies_can_use():
     [
         ({"head_floor": 0.1}, r"head-floor. would have no effect"),
         ({"gates": "x"}, r"gates. would have no effect"),
-        ({"policy_option": ["kernel=9", "kernle=9"]}, "got 'kernle'"),
     ],
 )
 def test_options_that_none_of_the_policies_can_use(options, message):
     first, _ = side_by_side(InspectCache(**options), ["snapkv", "window"])
     with pytest.raises(ValueError, match=message):
         settings_of(first)
+
+
+def test_a_hyperparameter_that_none_of_the_policies_has():
+    with pytest.raises(ValueError, match="window and snapkv have no such option; got 'kernle'; try kernel=5"):
+        side_by_side(InspectCache(policy_option=["kernel=9", "kernle=9"]), ["window", "snapkv"])
 
 
 def test_a_folder_that_may_not_be_written_to(monkeypatch, tmp_path):

@@ -54,27 +54,35 @@ def test_wilson_intervals():
 
 def test_intervals_of_clusters():
     assert judge.clustered([[True]] * 8 + [[False]] * 2) == judge.wilson(8, 10), "one question to an item: Wilson's"
-    assert judge.clustered([[True] * 5] * 4) == judge.wilson(20, 20)
+    assert judge.clustered([[True] * 5] * 4) == judge.wilson(20, 20, 3.182), "Student's, of three degrees of freedom"
+    assert judge.clustered([[True] * 5]) == judge.wilson(1, 1), "one document"
     assert judge.clustered([]) == judge.clustered([[]]) == (0.0, 1.0)
     # All five questions of a document alike: they say what one does, but for the n / (n - 1) of a variance.
     alike = judge.clustered([[True] * 5] * 40 + [[False] * 5] * 10)
-    assert alike == pytest.approx(judge.wilson(40 * 49 / 50, 49))
+    assert alike == pytest.approx(judge.wilson(40 * 49 / 50, 49, judge.student(49)))
     # Spread more evenly than by chance: not narrower than independent questions.
-    assert judge.clustered([[True] * 4 + [False]] * 10) == judge.wilson(40, 50)
+    assert judge.clustered([[True] * 4 + [False]] * 10) == judge.wilson(40, 50, 2.262)
 
 
-def test_clusters_cover_what_they_should():
+@pytest.mark.parametrize(("documents", "most"), [(4, 1.0), (14, 0.985), (30, 0.985)])
+def test_clusters_cover_what_they_should(documents, most):
     """Documents that are easier or harder: nineteen of twenty intervals hold the share that is true of all documents."""
-    rng, held, naive = np.random.default_rng(0), 0, 0
-    for _ in range(400):
-        easy = rng.beta(3, 1, size=30)  # mean 0.75
-        items = [list(rng.random(5) < p) for p in easy]
+    rng, held, naive, n = np.random.default_rng(0), 0, 0, 1000
+    for _ in range(n):
+        items = [list(rng.random(5) < p) for p in rng.beta(3, 1, size=documents)]  # mean 0.75
         low, high = judge.clustered(items)
         held += low <= 0.75 <= high
-        low, high = judge.wilson(sum(map(sum, items)), 150)
+        low, high = judge.wilson(sum(map(sum, items)), 5 * documents)
         naive += low <= 0.75 <= high
-    assert 0.92 < held / 400 < 0.98
-    assert naive < held
+    assert 0.93 < held / n <= most
+    assert naive < held - 0.05 * n
+
+
+@pytest.mark.parametrize(
+    ("degrees", "exact"), [(1, 12.706), (10, 2.228), (11, 2.201), (19, 2.093), (30, 2.042), (500, 1.965)]
+)
+def test_students_quantiles(degrees, exact):
+    assert judge.student(degrees) == pytest.approx(exact, abs=1e-3)
 
 
 def test_intervals_of_means():
@@ -84,6 +92,8 @@ def test_intervals_of_means():
     whole = judge.mean_interval("x", [[0.0] * 9, [1.0] * 9] * 50)
     assert (whole["x_low"], whole["x_high"]) == (got["x_low"], got["x_high"])
     assert judge.mean_interval("x", [[1.0, 1.0], [4.0], []])["x"] == 2.0
+    alone = judge.mean_interval("x", [[0.0, 1.0] * 50])
+    assert (alone["x_low"], alone["x_high"]) == (got["x_low"], got["x_high"]), "of one item, its values are drawn"
 
 
 @pytest.mark.parametrize(

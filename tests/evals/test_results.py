@@ -178,6 +178,9 @@ def test_the_page_shows_pictures_where_there_are_budgets_enough(tmp_path):
     assert text.count("![") == text.count(f"![KL against bytes]({place})") == 1
     assert (tmp_path / place).read_bytes().startswith(b"\x89PNG")
     assert "![" not in results.page(tables)
+    other = results.Table("fidelity", {**SETUP, "seed": 7}, [], units, "long")
+    text = results.page([tables[0], other], tmp_path / "results")
+    assert re.findall(r"\((.*)\.png\)", text) == [place.removesuffix(".png"), place.removesuffix(".png") + "-2"]
 
 
 def test_only_what_differs_names_a_line():

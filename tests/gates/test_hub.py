@@ -9,6 +9,7 @@ from pathlib import Path
 import huggingface_hub
 import mlx.core as mx
 import pytest
+from huggingface_hub.errors import LocalEntryNotFoundError, OfflineModeIsEnabled
 from tiny_models import tiny_model
 
 from mlx_kvprune.gates import Gates, GateShape, files, hub
@@ -139,17 +140,23 @@ def test_a_readme_of_somebodys_own_stays(our_hub, gate_file):
     assert files.located("me/model", "retention").name == "gates-mine.safetensors"
 
 
-def test_reasons_that_people_can_act_on(monkeypatch):
-    from huggingface_hub.errors import LocalEntryNotFoundError
+@pytest.mark.parametrize(
+    ("cause", "reason"),
+    [
+        (ConnectionError("[Errno -2] Name or service not known"), "no network"),
+        (OfflineModeIsEnabled("offline"), "nothing of it on this disk, and HF_HUB_OFFLINE is set"),
+        (RuntimeError("503 Server Error: busy\nRequest ID: 9"), "503 Server Error: busy"),
+        (RuntimeError("Client error '403 Forbidden'"), "Client error '403 Forbidden'"),
+    ],
+)
+def test_reasons_that_people_can_act_on(monkeypatch, cause, reason):
+    """The client says "not found on this disk" of whatever it met."""
 
-    def unreachable(*_, **__):
-        try:
-            raise OSError("[Errno -2] Name or service not known")
-        except OSError as error:
-            raise LocalEntryNotFoundError("An error happened while trying to locate the files\nand more") from error
+    def failing(*_, **__):
+        raise LocalEntryNotFoundError("An error happened while trying to locate the files\nand more") from cause
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
-    with pytest.raises(ValueError, match=r"got nothing of it on this disk, and no network; try a network, the repo"):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", failing)
+    with pytest.raises(ValueError, match=f"cannot fetch me/gates; got {reason}; try a network, the repo"):
         hub.pull("me/gates")
 
 
