@@ -76,6 +76,13 @@ def _answers(share: str, rows: Sequence[Row]) -> Iterator[str]:
         )
 
 
+def _gained(row: Row) -> str:
+    """Whether answers are likelier or less likely than with the full cache, if their interval leaves out zero."""
+    if row.get("gain_low", 0) <= 0 <= row.get("gain_high", 0):
+        return ""
+    return f"; its answers' log p {interval(row, 'gain', '+.2f')} against full's"
+
+
 def _few(row: Row) -> str:
     return "" if row["trials"] >= ENOUGH else f"; fewer than {ENOUGH} trials: a direction, not a measure"
 
@@ -90,6 +97,7 @@ def _asked(share: str, rows: Sequence[Row]) -> Iterator[str]:
             around = f"[{row['kept_low']:.0%}, {row['kept_high']:.0%}]"
             yield (
                 f"**{share}**, {way}: `{label(row)}` keeps {row['kept']} of {row['exact_full']} ({kept:.0%} {around}{aim})"
+                + _gained(row)
                 + _few(row)
             )
 

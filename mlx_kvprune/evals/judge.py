@@ -52,10 +52,17 @@ def _row(task: str, units: Sequence[Unit], wording: str, full: dict[int, list[Ou
         "kept_high": kept_high,
         "counts": bool(against) and solved_full >= COUNTS_FROM * len(against),
         **mean_interval("logprob", [[x["logprob"] for x, _ in item] for item in items]),
+        **_gain(items),
         "prompt_tokens": max(x["prompt_tokens"] for x in outcomes),
         **{name: max(x[name] for x in outcomes) for name in SIZES},
         "outcomes": [{k: v for k, v in x.items() if k not in SIZES} for x in outcomes],
     }
+
+
+def _gain(items: Sequence[Sequence[tuple[Outcome, Outcome | None]]]) -> dict[str, float]:
+    """The answer's log-probability over that with the full cache, question by question; nothing where that has none."""
+    over = [[x["logprob"] - y["logprob"] for x, y in item if y] for item in items]
+    return mean_interval("gain", over) if any(over) else {}
 
 
 def paired(outcomes: Sequence[Outcome], full: Sequence[Outcome], wording: str) -> list[tuple[Outcome, Outcome | None]]:

@@ -34,7 +34,8 @@ day, the machine and the versions.
   slots: what a policy remembers beside its slots is paid for in slots, and at 4 bits more slots fit. `kv MB` is the most that
   was held, everything counted.
 - KL is from the full cache's prediction, in nats a token, over the second half of the text; in brackets 95% intervals of a
-  block bootstrap. Answers are exact if every token was the model's first choice; log p is the answer's, in nats.
+  block bootstrap. Answers are exact if every token was the model's first choice; log p is the answer's, in nats;
+  *against full's*: minus that of the full cache for the same questions.
 - Questions count only where the full cache solves 80%. *Of full's*: how many of the full cache's answers are left. Facts are
   invented, of kinds that the full cache finds; questions repeat the fact's words unless they are called paraphrased, and the
   answer's first words are given. Intervals are Wilson's; where a document has several questions (`ask`), of as many

@@ -79,6 +79,9 @@ def _question_lines(rows: Sequence[Row]) -> list[Cells]:
         cells[name] = f"{row['exact']}/{row['trials']}"
         cells[f"{row['wording']}: of full's"] = f"{row['kept']}/{row['exact_full']}"
         cells[f"{row['wording']}: log p"] = f"{row['logprob']:.2f}"
+        if any("gain" in x for x in rows):
+            own = row["policy"] == "full" or "gain" not in row
+            cells[f"{row['wording']}: against full's"] = "-" if own else interval(row, "gain", "+.2f")
     for row in rows:
         lines[_name(row)] |= size(row)
     return list(lines.values())

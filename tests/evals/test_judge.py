@@ -27,6 +27,21 @@ def test_what_is_left_of_fulls_answers():
     assert probe["logprob"] == -1.75
 
 
+def test_how_much_likelier_answers_are_than_fulls():
+    def told(policy, item, *logprobs):
+        found = unit(policy, item, *[True] * len(logprobs))
+        for outcome, x in zip(found["result"]["outcomes"], logprobs, strict=True):
+            outcome["logprob"] = x
+        return found
+
+    units = [told("full", i, -1.0, -2.0) for i in range(3)] + [told("probe", i, -0.5, -2.0 - i) for i in range(3)]
+    full, probe = judge.rows("t", units)
+    assert full["gain"] == full["gain_low"] == full["gain_high"] == 0.0
+    assert probe["gain"] == pytest.approx((0.5 + 0.0 + 0.5 - 1.0 + 0.5 - 2.0) / 6)
+    assert (probe["gain_low"], probe["gain_high"]) == pytest.approx((-0.75, 0.25)), "whole items are drawn"
+    assert "gain" not in judge.rows("t", units[3:])[0], "nothing to compare with"
+
+
 @pytest.mark.parametrize(("solved", "counts"), [(7, False), (8, True)])
 def test_a_wording_counts_from_eighty_percent(solved, counts):
     units = [unit("full", i, i < solved) for i in range(10)] + [unit("window", i, False) for i in range(10)]

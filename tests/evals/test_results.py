@@ -91,15 +91,15 @@ def test_what_is_left_of_fulls_answers_is_said(tmp_path):
         answers("ask", "probe", 1, 1, 1, 0, 1),
         answers("ask", "probe", 1, 0, 0, 0, 0, share="1/8"),
     )
-    assert "**1/4**, ask (w): `probe` keeps 3 of 4 (75% [30%, 95%], asked for: 95%)" in text
-    assert "**1/8**, ask (w): `probe` keeps 1 of 4 (25% [5%, 70%], asked for: 90%)" in text
+    assert "**1/4**, ask (w): `probe` keeps 3 of 4 (75% [12%, 99%], asked for: 95%)" in text
+    assert "**1/8**, ask (w): `probe` keeps 1 of 4 (25% [1%, 88%], asked for: 90%)" in text
     assert text.index("**1/4**") < text.index("**1/8**")
 
 
 def test_what_full_does_not_solve_is_no_finding(tmp_path):
     solved = [answers("needles", "full", 1, 1), answers("needles", "window", 0, 1), answers("needles", "tova", 1, 1)]
     text = page(tmp_path, *solved)
-    assert "needles (w): `tova` 2/2 [34%, 100%], full 2/2; `window` 1/2; fewer than 50 trials" in text
+    assert "needles (w): `tova` 2/2 [21%, 100%], full 2/2; `window` 1/2; fewer than 50 trials" in text
     text = page(tmp_path, answers("tracking", "full", 0, 1), answers("tracking", "tova", 1, 1))
     assert "`tova` 2/2" not in text
     assert "nothing follows: tracking (w: 1/2)" in text
