@@ -211,9 +211,14 @@ def slots_for(model: nn.Module, settings: CacheSettings) -> list[int] | None:
 
 def _slots_of(rung: Rung, scorer: Scorer, settings: CacheSettings) -> list[int] | None:
     shapes = [layer.shape for layer in rung.layers]
-    states = [scorer.state_nbytes(s.n_heads, s.key_dim) for s in shapes]
-    states[0] += scorer.shared_nbytes(rung.vocab)
-    return slots_per_layer(shapes, settings, scorer.memory, states)
+    return slots_per_layer(shapes, settings, scorer.memory, state_nbytes(rung, scorer))
+
+
+def state_nbytes(rung: Rung, scorer: Scorer) -> list[int]:
+    """Bytes that a scorer's state takes in each bounded layer, at most; what it keeps once for all is the first one's."""
+    found = [scorer.state_nbytes(layer.shape.n_heads, layer.shape.key_dim) for layer in rung.layers]
+    found[0] += scorer.shared_nbytes(rung.vocab)
+    return found
 
 
 def with_block(model: nn.Module, settings: CacheSettings) -> CacheSettings:

@@ -12,7 +12,7 @@ from dataclasses import replace
 
 import mlx.nn as nn
 
-from mlx_kvprune.attach import attachment_of, hooked, settings_from, slots_for
+from mlx_kvprune.attach import attachment_of, hooked, settings_from, slots_for, state_nbytes
 from mlx_kvprune.evals.conditions import Condition
 from mlx_kvprune.policy import policy_for
 from mlx_kvprune.settings import Budget
@@ -30,13 +30,11 @@ def planned_nbytes(model: nn.Module, condition: Condition) -> float:
     slots = slots_for(model, settings)
     attachment = attachment_of(model)
     assert slots is not None and attachment is not None and policy.scorer is not None
-    shapes = [layer.shape for layer in attachment.rung.layers]
-    states = [policy.scorer.state_nbytes(shape.n_heads, shape.key_dim) for shape in shapes]
-    total = sum(
-        layer_nbytes(shape, settings, n, policy.scorer.memory, state)
-        for shape, n, state in zip(shapes, slots, states, strict=True)
+    states = state_nbytes(attachment.rung, policy.scorer)
+    return sum(
+        layer_nbytes(layer.shape, settings, n, policy.scorer.memory, state)
+        for layer, n, state in zip(attachment.rung.layers, slots, states, strict=True)
     )
-    return total + policy.scorer.shared_nbytes(attachment.rung.vocab)
 
 
 def levelled(model: nn.Module, conditions: Iterable[Condition]) -> tuple[list[Condition], list[str]]:
