@@ -11,6 +11,7 @@ import numpy as np
 from mlx_kvprune.evals.conditions import CONTROLS
 from mlx_kvprune.evals.frontier import label
 from mlx_kvprune.evals.tables import fixed, interval
+from mlx_kvprune.policy import find
 
 Row = dict[str, Any]
 ENOUGH = 50  # trials
@@ -44,6 +45,10 @@ def _predictions(share: str, rows: Sequence[Row]) -> Iterator[str]:
         best = min(named, key=lambda row: row["kl"])
         text = f"**{share}** of {tokens:,} tokens{f' ({data})' if data else ''}, predictions: `{label(best)}`, "
         text += f"KL {interval(best, 'kl', '.3f')} nats from full, NLL {interval(best, 'nll_change', '+.3f')}"
+        untrained = [row for row in named if not find(row["policy"]).gates]
+        if untrained and best not in untrained:
+            second = min(untrained, key=lambda row: row["kl"])
+            text += f"; without training `{label(second)}` {interval(second, 'kl', '.3f')}"
         window = _window(mine, best)
         yield text + (f"; {_against(best, window)}" if window else "")
 

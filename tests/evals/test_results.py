@@ -84,6 +84,15 @@ def test_answers_of_other_tables_are_no_control(tmp_path):
     assert "window" not in sentence
 
 
+def test_beside_gates_the_best_without_training_is_named(tmp_path):
+    rows = [prediction("full", 0.0), prediction("window", 0.2), prediction("tova", 0.1), prediction("knorm", 0.15)]
+    assert "without training" not in page(tmp_path, *rows)
+    text = page(tmp_path, *rows, prediction("retention", 0.05, allocator="global"))
+    assert re.search(
+        r"predictions: `retention, global`, KL 0.050 .*; without training `tova` 0.100 \[.*; `window` 0.200", text
+    )
+
+
 def test_what_is_left_of_fulls_answers_is_said(tmp_path):
     text = page(
         tmp_path,
