@@ -248,8 +248,8 @@ def test_auto_reads_the_gates():
     cache = kvp.make_cache(model, "retention", 480, local_layers="auto")
     assert [c.local for c in cache] == [True, False, True]
     assert cache[0].settings.local_layers == "0,2", "saved with the caches"
-    for start in range(0, 1300, 100):
-        model(text(1300)[:, start : start + 100], cache=cache)
+    for start in range(0, 1500, 100):
+        model(text(1500)[:, start : start + 100], cache=cache)
     assert all(c.evicted for c in cache)
     gates.local = ""
     assert not any(c.local for c in kvp.make_cache(model, "retention", 480, local_layers="auto"))
