@@ -50,7 +50,7 @@ day, the machine and the versions.
 
 @dataclass
 class Table:
-    """The units of one task under one setup, and the runs that measured them; ``name`` is their file's."""
+    """The units of one task under one setup, and the runs that measured them; ``name``: of their file."""
 
     task: str
     setup: dict[str, Any]
