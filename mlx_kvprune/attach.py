@@ -185,6 +185,15 @@ def model_id(model: nn.Module) -> str:
     return f"{_type_of(model)}-{digest.hexdigest()[:16]}"
 
 
+def check_saved_with(model: nn.Module, identity: str) -> None:
+    """Raise ``ValueError`` unless ``identity``, which a saved cache names, is the model's."""
+    if identity != model_id(model):
+        got = identity or "none"
+        raise ValueError(
+            f"[load] saved with another model, or another precision of it; got {got}; try it with that one"
+        )
+
+
 def slots_for(model: nn.Module, settings: CacheSettings) -> list[int] | None:
     """Slots per KV head of each layer that the settings' budget gives this model; None for no bound.
 
@@ -339,13 +348,12 @@ def _stages(arguments: Iterable[Any]) -> Iterator[Callable[[Any], None]]:
 def tell_ropes(model: nn.Module, bounded: list[PrunedKVCache]) -> None:
     """Caches that were loaded do not know their rotary modules yet."""
     attachment = attachment_of(model)
-    for cache in bounded:
-        if cache.knows_rope or attachment is None:
-            continue
-        if cache.model_id and cache.model_id != model_id(model):
-            raise ValueError(
-                f"[load] saved with another model, or another precision of it; got {cache.model_id}; try it with that one"
-            )
+    if attachment is None:
+        return
+    loaded = [cache for cache in bounded if not cache.knows_rope]
+    for identity in {cache.model_id for cache in loaded if cache.model_id}:
+        check_saved_with(model, identity)
+    for cache in loaded:
         if cache.layer < len(attachment.rung.layers):
             cache.lends = attachment.rung.lends
             cache.longest = _longest(model, cache.settings)

@@ -37,6 +37,11 @@ class Policy:
     allocator: str = "uniform"
     gates: str = ""
 
+    @property
+    def hyperparameters(self) -> dict[str, Any]:
+        """The scorer's, by name, with their defaults; none where everything is kept."""
+        return options_of(self.scorer) if self.scorer is not None else {}
+
     def completed(self, settings: CacheSettings) -> CacheSettings:
         """The settings with what the user left open filled in; but for the block of a budget in bytes, which is a matter of
         how many slots they are (``attach.with_block``)."""
@@ -142,7 +147,7 @@ def policy_for(settings: CacheSettings) -> tuple[Policy, CacheSettings]:
     options: dict[str, Any] = dict(settings.options)
     if policy.scorer is None:
         return policy, settings
-    known = options_of(policy.scorer)
+    known = policy.hyperparameters
     for name in options:
         if name not in known:
             raise ValueError(f"[policy] {policy.name} has no option {name!r}; try one of: {', '.join(known) or 'none'}")

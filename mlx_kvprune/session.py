@@ -15,7 +15,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_unflatten
 
 from mlx_kvprune import session_file
-from mlx_kvprune.attach import attachment_of, hooked, model_id, tell_ropes
+from mlx_kvprune.attach import attachment_of, check_saved_with, hooked, tell_ropes
 from mlx_kvprune.batch import BatchPrunedKVCache
 from mlx_kvprune.cache import PrunedKVCache
 from mlx_kvprune.forward import leaves, pruned
@@ -158,7 +158,7 @@ def unpack(arrays: dict[str, mx.array], meta: dict[str, Any], model: nn.Module) 
     model = decoder(model)
     hooked(model)
     if meta.get("model"):  # caches of policy full, all mlx-lm's own, do not say whose they are
-        _check_model(meta["model"], model)
+        check_saved_with(model, meta["model"])
     from mlx_lm.models import cache as theirs
 
     try:
@@ -174,13 +174,6 @@ def unpack(arrays: dict[str, mx.array], meta: dict[str, Any], model: nn.Module) 
         raise ValueError(f"[load] not the caches of this model; got {len(bounded)} bounded layers; try its own file")
     tell_ropes(model, bounded)
     return cache
-
-
-def _check_model(found: str, model: nn.Module) -> None:
-    if found != model_id(model):
-        raise ValueError(
-            f"[load] saved with another model, or another precision of it; got {found or 'none'}; try it with that one"
-        )
 
 
 def _bounded(cache: list[Any], where: str) -> list[PrunedKVCache]:

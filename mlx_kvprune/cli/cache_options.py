@@ -234,29 +234,22 @@ def side_by_side(options: Options, policies: list[str]) -> list[Options]:
     Raises:
         ValueError: a hyper-parameter that none of them has.
     """
+    from mlx_kvprune.policy import find
+
     given, known = options.policy_option or [], {}
     for name in policies:
-        known |= _hyperparameters(name)
+        known |= find(name).hyperparameters
     for text in given:
         if (name := _name_of(text)) not in known:
             raise ValueError(_no_such_option(" and ".join(policies), name, known))
     each = []
     for name in policies:
-        own = [text for text in given if _name_of(text) in _hyperparameters(name)]
+        own = [text for text in given if _name_of(text) in find(name).hyperparameters]
         each.append(replace(options, policy=name, policy_option=own))
     fitting = [with_effect(one) for one in each]
     pairs = list(zip(each, fitting, strict=True))
     refused = [f.name for f in fields(CacheOptions) if all(getattr(a, f.name) != getattr(b, f.name) for a, b in pairs)]
     return [replace(fit, **{name: getattr(one, name) for name in refused}) for one, fit in pairs]
-
-
-def _hyperparameters(policy: str) -> dict[str, Any]:
-    """Those of a policy, by name, with their defaults."""
-    from mlx_kvprune.policy import find
-    from mlx_kvprune.scorers.base import options_of
-
-    scorer = find(policy).scorer
-    return options_of(scorer) if scorer is not None else {}
 
 
 def _name_of(option: str) -> str:
@@ -305,7 +298,7 @@ def policy_options(policy: str, texts: list[str]) -> dict[str, Any]:
     """``["kernel=7", "pooling=max"]`` as hyper-parameters of the policy, each in the type of its default."""
     from mlx_kvprune.policy import find
 
-    scorer, known = find(policy).scorer, _hyperparameters(policy)
+    scorer, known = find(policy).scorer, find(policy).hyperparameters
     found = {}
     for text in texts:
         _, equals, value = text.partition("=")

@@ -31,15 +31,15 @@ def policies(name: Name = None, json: Json = False) -> None:
     from mlx_kvprune.cli import output
     from mlx_kvprune.policy import POLICIES, find
 
-    chosen = POLICIES.values() if name is None else [find(name)]
+    chosen = [*POLICIES.values()] if name is None else [find(name)]
     if json:
         output.write_json({"policies": [_fields_of(policy) for policy in chosen]})
         return
     if name is not None:
-        output.write("\n\n".join(_told(find(name))).replace("``", "`") + "\n")
+        output.write("\n\n".join(_told(*chosen)).replace("``", "`") + "\n")
         return
     rows = [("NAME", "KEEPS", "WINDOW", "ALLOCATOR", "GATES", "OPTIONS")]
-    for p in POLICIES.values():
+    for p in chosen:
         window = str(p.window) if p.scorer is not None else ""
         rows.append((p.name, p.summary, window, p.allocator, "needed" if p.gates else "", _row_of(_options(p))))
     output.table(rows)
@@ -85,7 +85,4 @@ def _fields_of(policy: Any) -> dict[str, Any]:
 
 def _options(policy: Any) -> dict[str, Any]:
     """Hyper-parameters that --policy-option takes; those that have an option of their own are left out."""
-    from mlx_kvprune.scorers.base import options_of
-
-    options = options_of(policy.scorer) if policy.scorer is not None else {}
-    return {name: value for name, value in options.items() if name not in ("seed", "n_sink")}
+    return {name: value for name, value in policy.hyperparameters.items() if name not in ("seed", "n_sink")}

@@ -261,14 +261,14 @@ def _at_floor(bounded: Sequence[PrunedKVCache]) -> np.ndarray | None:
         return None
     pools = {i: pool for i, cache in enumerate(bounded) if (pool := _pages(cache))}
     everywhere = bounded[0].settings.allocator == "global"
+    in_all = pages_of_all(bounded[i] for i in pools), sum(pool.heads for pool in pools.values())
     found = []
     for i, cache in enumerate(bounded):
         heads = cache.held.ring.keys.shape[1]
         if i not in pools:
             found.append(np.zeros(heads, bool))
             continue
-        pages = pages_of_all(bounded[i] for i in pools) if everywhere else cache.page_limit
-        among = sum(pool.heads for pool in pools.values()) if everywhere else heads
+        pages, among = in_all if everywhere else (cache.page_limit, heads)
         floor = floor_pages(pages, among, cache.settings, cache.protected)
         found.append(np.bincount(pools[i].owner, minlength=heads) <= floor)
     return np.concatenate(found)
