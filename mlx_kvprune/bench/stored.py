@@ -19,7 +19,7 @@ minutes: the median, in brackets the least and the most. `held MB` is the most t
 
 
 def page(paths: Sequence[Path]) -> str:
-    """The section of all files.
+    """The section of all files, which follows a page's last table: it begins with a blank line.
 
     Raises:
         ValueError: a file cannot be read, or holds something else.
@@ -31,7 +31,7 @@ def page(paths: Sequence[Path]) -> str:
             raise ValueError(f"[stored] no rows of bench; got {path}; try a file that `bench --out` wrote")
         for question in dict.fromkeys(map(question_of, rows)):
             parts += _section([row for row in rows if question_of(row) == question])
-    return "\n\n".join(parts) + "\n"
+    return "\n" + "\n\n".join(parts) + "\n"
 
 
 def _section(rows: Sequence[Row]) -> Iterator[str]:
