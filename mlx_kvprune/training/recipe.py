@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from mlx_kvprune.policy import GLOBAL_PART, PART_OF_BUDGET
 from mlx_kvprune.training.objective import Bounds
 from mlx_kvprune.training.reading import SEGMENT, Reading
 
@@ -70,7 +71,8 @@ class Example:
 
 def bounds_of(slots: int, recipe: Recipe) -> Bounds:
     """The student's budget; the block is the one that the cache takes."""
-    block = max(32, min(128, slots // 4 // 32 * 32))
+    part = GLOBAL_PART if recipe.scope == "global" else PART_OF_BUDGET
+    block = max(32, min(128, slots // part // 32 * 32))
     least = recipe.window + block + 4 + 8
     return Bounds(max(slots, least), recipe.window, block, scope=recipe.scope, ageing=recipe.ageing)
 

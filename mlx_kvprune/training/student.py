@@ -16,6 +16,8 @@ from mlx_kvprune.numerics import softmax_beside
 from mlx_kvprune.training.bias import Bias
 from mlx_kvprune.training.reading import SEGMENT, Reading
 
+LEAST = -10.0  # a bias below which a slot counts as evicted: a weight of e^-10, and as little to learn from
+
 
 class StudentLayer:
     """Stands in the place of one layer's cache: a fixed context, and logits that gates lower.
@@ -24,17 +26,17 @@ class StudentLayer:
         keys: of the context ``(1, H_kv, c, D)``.
         values: ``(1, H_kv, c, D_v)``.
         bias: what gates add to the logits.
+        offset: position of the next token: there may be fewer keys.
     """
 
-    def __init__(self, keys: mx.array, values: mx.array, bias: Bias):
-        self.keys, self.values, self.bias = keys, values, bias
-        self.offset = keys.shape[2]
+    def __init__(self, keys: mx.array, values: mx.array, bias: Bias, offset: int):
+        self.keys, self.values, self.bias, self.offset = keys, values, bias, offset
 
     def stage(self, x: mx.array) -> None:
         """The gates of the segment were read off the full cache's own reading."""
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
-        shape = (*keys.shape[:2], self.offset + keys.shape[2], keys.shape[3])
+        shape = (*keys.shape[:2], self.keys.shape[2] + keys.shape[2], keys.shape[3])
         handle = Handle(self, keys, values, shape, keys.dtype)  # type: ignore[arg-type]
         return handle, handle
 
@@ -77,11 +79,14 @@ def run(model: nn.Module, reading: Reading, start: int, length: int, biases: Seq
     Args:
         biases: of each bounded layer.
     """
-    whole = lambda x: x[None, :, :start].astype(mx.float32)
 
     def layer(i: int) -> StudentLayer:
-        one = reading.layers[i]
-        return StudentLayer(whole(one.keys), whole(one.values), biases[i])
+        one, bias = reading.layers[i], biases[i]
+        keys, values = one.keys[:, :start], one.values[:, :start]
+        if (ids := bias.near(LEAST)) is not None:
+            keys, values = (mx.take_along_axis(x, ids[..., None], axis=1) for x in (keys, values))
+            bias = bias.of(ids)
+        return StudentLayer(keys[None].astype(mx.float32), values[None].astype(mx.float32), bias, start)
 
     caches = replaced(model, layer)
     theirs = [c for c in leaves(caches) if not isinstance(c, StudentLayer)]

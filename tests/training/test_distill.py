@@ -12,11 +12,14 @@ from training_helpers import WINDOW, gates_for, readings, shaken, text
 
 import mlx_kvprune as kvp
 from mlx_kvprune.attach import hooked
+from mlx_kvprune.gates.structure import worth
+from mlx_kvprune.training import student
 from mlx_kvprune.training.bias import Bias
 from mlx_kvprune.training.calibrate import Quality, as_saved
 from mlx_kvprune.training.distill import Distiller, held_out, loss_of, raws_of
 from mlx_kvprune.training.joint import JointDistiller, let_learn
 from mlx_kvprune.training.methods import METHODS
+from mlx_kvprune.training.objective import budget_biases, divergence
 from mlx_kvprune.training.objectives import OBJECTIVES
 from mlx_kvprune.training.recipe import Example, Recipe, bounds_of
 from mlx_kvprune.training.student import run, run_live
@@ -54,6 +57,44 @@ def test_without_biases_the_student_is_the_model(kind):
             np.testing.assert_allclose(found, expected[start : start + 256], atol=3e-2)  # keys were kept as float16
     finally:
         kvp.detach(model)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gpt_oss"])
+@pytest.mark.parametrize(("warmth", "atol"), [(0.0, 1e-5), (0.1, 2e-3)])
+def test_what_no_query_sees_is_left_out_of_the_student(kind, warmth, atol, monkeypatch):
+    """Its logits, and what they say to the gates, are those of a student over all slots, most of which weigh nothing."""
+    model = zoo.tiny_model(kind)
+    kvp.detach(model)
+    reading = readings(model, 1, length=1024)[0]
+    bounds = bounds_of(150, recipe(window=16))
+    gates = shaken(gates_for(model, "shared"), scale=1.0)
+    plain = Whitening.of([reading], "shared")
+    held = []
+    monkeypatch.setattr(student.StudentLayer, "__init__", noting(held, student.StudentLayer.__init__))
+
+    def loss(gates) -> mx.array:
+        scores = [worth(raw) for raw in raws_of(gates, reading, plain, 1024)]
+        logits = run(model, reading, 768, 256, budget_biases(scores, 768, 256, bounds, warmth))
+        return divergence(logits, reading.top[768:], reading.top_ids[768:])
+
+    found, gradient = nn.value_and_grad(gates, loss)(gates)
+    some = [*held]
+    monkeypatch.setattr(student, "LEAST", -np.inf)
+    expected, whole = nn.value_and_grad(gates, loss)(gates)
+    assert max(some) < 500 and set(held[len(some) :]) == {768}
+    np.testing.assert_allclose(found.item(), expected.item(), rtol=atol)
+    for (name, a), (_, b) in zip(tree_flatten(gradient), tree_flatten(whole), strict=True):
+        np.testing.assert_allclose(np.array(a), np.array(b), atol=atol * float(mx.abs(b).max()) + 1e-9, err_msg=name)
+
+
+def noting(sizes: list[int], made):
+    """How many slots a student layer has, each time that one is made."""
+
+    def init(self, keys, *rest):
+        sizes.append(keys.shape[2])
+        made(self, keys, *rest)
+
+    return init
 
 
 def test_live_student_is_the_model(model):
