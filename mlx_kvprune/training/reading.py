@@ -230,9 +230,9 @@ def read(
         if tick:
             tick(logits.shape[1])
     layers = [c.taken(length) for c in mine]
-    mx.eval([list(vars(layer).values()) for layer in layers])
     joined = lambda parts: mx.concatenate(parts)[:length] if parts else mx.zeros((0,))
     top, pick = joined(tops), joined(picks)
+    mx.eval(top, pick, [list(vars(layer).values()) for layer in layers])  # or they would hold all logits
     return Reading(np.array(tokens[:length]), layers, top, pick, others[: -(-length // segment)])
 
 

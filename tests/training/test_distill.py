@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
@@ -21,6 +23,7 @@ from mlx_kvprune.training.joint import JointDistiller, let_learn
 from mlx_kvprune.training.methods import METHODS
 from mlx_kvprune.training.objective import budget_biases, divergence
 from mlx_kvprune.training.objectives import OBJECTIVES
+from mlx_kvprune.training.reading import read
 from mlx_kvprune.training.recipe import Example, Recipe, bounds_of
 from mlx_kvprune.training.student import run, run_live
 from mlx_kvprune.training.whitening import Whitening
@@ -95,6 +98,16 @@ def noting(sizes: list[int], made):
         made(self, keys, *rest)
 
     return init
+
+
+def test_a_reading_takes_what_it_says(model):
+    """Nothing hidden behind it: the teacher's logits were once held by the few that were picked."""
+    gc.collect()
+    before, found = mx.get_active_memory(), []
+    for seed in range(4):
+        found.append(read(model, text(seed, 1024), WINDOW))
+    gc.collect()
+    assert mx.get_active_memory() - before <= 1.1 * sum(reading.nbytes for reading in found)
 
 
 def test_live_student_is_the_model(model):
