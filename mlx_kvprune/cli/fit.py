@@ -130,7 +130,19 @@ Target = Annotated[
 ]
 Capacity = Annotated[
     float | None,
-    _option("--capacity", panel=HOW, metavar="X", help="Weight of what gates hold beyond their share. Default: 1."),
+    _option(
+        "--capacity", panel=HOW, metavar="X", help="Weight of what gates hold beyond their share; 0: none. Default: 1."
+    ),
+]
+Surprisal = Annotated[
+    float | None,
+    _option(
+        "--surprisal",
+        panel=HOW,
+        metavar="X",
+        help="Weight of the next token's loss beside the divergence from the full cache. Default: 1 with target decay and "
+        "for spkv, else 0.",
+    ),
 ]
 Uniform = Annotated[
     bool | None,
@@ -153,10 +165,18 @@ Check = Annotated[
     ),
 ]
 Patience = Annotated[
-    int, _option("--patience", panel=HOW, metavar="N", min=1, help="Looks without gain, after which it stops.")
+    int | None,
+    _option("--patience", panel=HOW, metavar="N", min=1, help="Looks without gain, after which it stops. Default: 6."),
 ]
 Fresh = Annotated[
-    int, _option("--fresh", panel=TEXT, metavar="N", min=0, help="Steps after which a text is replaced; 0: never.")
+    int | None,
+    _option(
+        "--fresh",
+        panel=TEXT,
+        metavar="N",
+        min=0,
+        help="Steps after which a text is replaced; 0: never. Default: 12; never where the model learns.",
+    ),
 ]
 Recall = Annotated[
     float,
@@ -198,7 +218,7 @@ class TextOptions:
     texts: NTexts = None
     tokens: Tokens = None
     memory: Memory = 4.0
-    fresh: Fresh = 12
+    fresh: Fresh = None
     recall: Recall = 0.0
 
 
@@ -217,12 +237,13 @@ class HowOptions:
     heat: Heat = None
     target: Target = None
     capacity: Capacity = None
+    surprisal: Surprisal = None
     uniform: Uniform = None
     lora: Lora = 0
     full: Full = False
     seed: Seed = 0
     check: Check = None
-    patience: Patience = 6
+    patience: Patience = None
     start: Start = ""
 
 
@@ -251,7 +272,7 @@ def fit(
     plan = plan_of(model, how, text)
     path = (out or Path(f"gates-{plan.method}.safetensors")).expanduser()
     path = path if path.suffix == ".safetensors" else path.with_name(f"{path.name}.safetensors")
-    training.check_early(plan, path, restart)
+    training.check_early(plan, path, restart, how.minutes)
     _check_plot(plot, plan)
     if not plan.data:
         output.say("[fit] no --data: training on the example document, which is little; gates will know little else")

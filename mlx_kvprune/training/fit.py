@@ -60,13 +60,15 @@ class Fitted:
     adapters: Path | None = None
 
 
-def check_early(plan: Plan, out: Path, restart: bool) -> None:
+def check_early(plan: Plan, out: Path, restart: bool, minutes: float | None = None) -> None:
     """Refuse what can be refused before a model is loaded.
 
     Raises:
         ValueError: options that make no sense, files that cannot be read or written, another training's checkpoint.
     """
     plan.checked()
+    if minutes is not None and DISTILL not in plan.stages:
+        raise ValueError(f"[minutes] would have no effect here; got {minutes:g}; try it without --minutes")
     checkpoint.check_out(out, restart)
     for paths in (plan.data, plan.held_out):
         Texts.of(None, paths)
@@ -101,7 +103,7 @@ def fit(
     Raises:
         ValueError: the plan makes no sense for the model, or the disk is full.
     """
-    check_early(plan, out, restart)
+    check_early(plan, out, restart, minutes)
     check_readable(model)
     limit, longest = trained_context(model), plan.length * (2 if plan.how.twice else 1)
     if limit is not None and longest > limit:
@@ -122,7 +124,7 @@ class _Training:
         if plan.held_out:
             self.texts, self.others = texts, Texts.of(tokenizer, plan.held_out, plan.seed + 1, plan.recall)
         self.grams = projections(model) if plan.how.norms else None
-        self.pool = Pool(self._text, plan.n_texts, plan.fresh, plan.memory, lean=DISTILL not in plan.stages)
+        self.pool = Pool(self._text, plan.n_texts, plan.replaced_every, plan.memory, lean=DISTILL not in plan.stages)
         self.first = self._start() if plan.start else None
         self.kept: tuple[dict[str, mx.array], Progress] | None = None  # what an interrupted training writes
         self.best: dict[str, mx.array] = {}
@@ -198,7 +200,7 @@ class _Training:
     def _distiller(self, gates: Gates, whitening: Whitening) -> Distiller:
         if not self.plan.joint:
             return Distiller(gates, self.model, whitening, self.plan.recipe)
-        let_learn(self.model, self.plan.lora)
+        let_learn(self.model, self.plan.lora, self.plan.seed)
         return JointDistiller(gates, self.model, whitening, self.plan.recipe)
 
     def _distil(self, distiller: Distiller, progress: Progress) -> None:
@@ -237,7 +239,7 @@ class _Training:
 
     def _no_gain(self, progress: Progress) -> bool:
         """Whether to stop because gates no longer get better; says so."""
-        if enough := progress.stale >= self.plan.patience:
+        if enough := progress.stale >= self.plan.looks:
             self.watch.say(f"[fit] no gain in {progress.stale} looks: stopping, with the best that was seen")
         return enough
 

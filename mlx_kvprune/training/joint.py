@@ -51,14 +51,15 @@ class Pair(nn.Module):
         self.gates, self.model = gates, model
 
 
-def let_learn(model: nn.Module, rank: int) -> None:
-    """Let all of a model's weights learn, or adapters of a rank that are put in."""
+def let_learn(model: nn.Module, rank: int, seed: int = 0) -> None:
+    """Let all of a model's weights learn, or adapters of a rank that are put in, whose first numbers the seed decides."""
     if not rank:
         model.unfreeze()
         return
     from mlx_lm.tuner.utils import linear_to_lora_layers
 
     model.freeze()
+    mx.random.seed(seed)  # mlx-lm draws from MLX's own state
     linear_to_lora_layers(model, n_layers(model), _lora(rank))
 
 

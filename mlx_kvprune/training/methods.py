@@ -33,7 +33,7 @@ class Method:
         targets: objectives of ``distill``, the default first.
         twice: texts are read again, and what that reading attends to is foretold.
         norms: with the norms of what values add.
-        surprisal: weight of the next token's loss in ``distill``.
+        surprised: targets whose loss counts the next token's, too.
     """
 
     name: str
@@ -42,7 +42,7 @@ class Method:
     targets: tuple[str, ...] = ()
     twice: bool = False
     norms: bool = False
-    surprisal: float = 0.0
+    surprised: tuple[str, ...] = ()
 
     @property
     def policy(self) -> Policy:
@@ -79,8 +79,8 @@ class Method:
 METHODS = {
     m.name: m
     for m in (
-        Method("retention", ("shared", "mlp", "linear"), (UTILITY, DISTILL), ("budget", "decay")),
-        Method("spkv", ("mlp", "shared", "linear"), (DISTILL,), ("spkv",), surprisal=1.0),
+        Method("retention", ("shared", "mlp", "linear"), (UTILITY, DISTILL), ("budget", "decay"), surprised=("decay",)),
+        Method("spkv", ("mlp", "shared", "linear"), (DISTILL,), ("spkv",), surprised=("spkv",)),
         Method("kvzap", ("linear", "mlp"), (UTILITY,), twice=True, norms=True),
         Method("fastkvzip", ("sink",), (UTILITY,), twice=True),
         Method("dms", ("dms",), (DISTILL,), ("dms",)),

@@ -14,7 +14,8 @@ from mlx_kvprune.training.reading import SEGMENT
 from mlx_kvprune.training.recipe import Recipe
 
 STEPS, TEXTS, TOKENS, JOINT_TOKENS, GB = 600, 40, 2048, 512, 10**9
-CHECKS = 10  # on held-out texts in a training
+CHECKS = 10  # looks at held-out texts in a training
+PATIENCE, FRESH = 6, 12  # looks without gain, after which it stops; steps after which a text is replaced
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,13 @@ class Plan:
         heat: temperatures of the first step and of the last, target ``budget``.
         target: ``budget`` or ``decay``, retention only.
         capacity: weight of what gates hold beyond their share.
+        surprisal: weight of the next token's loss beside the divergence from the full cache.
         scope: ``global``, ``layer`` or ``head`` (see ``Bounds``).
         seed: of the gates and of everything that is drawn.
         check: steps between two looks at held-out texts.
         patience: looks without gain, after which training stops.
-        fresh: steps after which one text of the pool is replaced by a new one; 0 for never.
+        fresh: steps after which one text of the pool is replaced by a new one; 0 for never, as always where the model learns,
+            for whoever reads must be the model as it was.
         memory: bytes that texts may take.
         lora: rank of adapters of the model that learn with the gates; 0 for none.
         full: all weights of the model learn with the gates.
@@ -64,11 +67,12 @@ class Plan:
     heat: tuple[float, float] | None = None
     target: str | None = None
     capacity: float | None = None
+    surprisal: float | None = None
     scope: str | None = None
     seed: int = 0
     check: int | None = None
-    patience: int = 6
-    fresh: int = 12
+    patience: int | None = None
+    fresh: int | None = None
     memory: int = 4 * GB
     lora: int = 0
     full: bool = False
@@ -118,10 +122,14 @@ class Plan:
             raise ValueError(f"[tokens] must be a multiple of {SEGMENT}, at least 512; got {self.tokens}; try {near}")
         if not 0 <= self.recall <= 1:
             raise ValueError(f"[recall] must be a share from 0 to 1; got {self.recall:g}; try 0.5")
-        for name in ("rate", "bias_rate", "capacity"):
+        for name in ("rate", "bias_rate"):
             value, flag = getattr(self, name), name.replace("_", "-")
             if value is not None and not 0 < value < 1e6:
                 raise ValueError(f"[{flag}] must be above 0; got {value:g}; try it without --{flag}")
+        for name in ("capacity", "surprisal"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < 1e6:
+                raise ValueError(f"[{name}] must be a weight of 0 or more; got {value:g}; try it without --{name}")
         if self.heat is not None and not 0 < self.heat[1] <= self.heat[0] < 1e3:
             raise ValueError(f"[heat] must fall and stay above 0; got {self.heat[0]:g}:{self.heat[1]:g}; try 0.4:0.15")
 
@@ -139,7 +147,8 @@ class Plan:
         form = self.form or how.forms[0]
         unused = {
             "hidden": self.hidden if form not in ("mlp", "shared") else None,
-            "steps": None if distils else self.steps,
+            **{name: None if distils else getattr(self, name) for name in ("steps", "check", "patience", "surprisal")},
+            "fresh": None if distils and not self.joint else self.fresh or None,
             "target": None if distils else self.target,
             "bias-rate": None if distils and not self.joint else self.bias_rate,
             "heat": None if distils and (self.target or how.targets[0]) == "budget" else self.heat,
@@ -183,18 +192,28 @@ class Plan:
         return self.check or max(1, self.recipe.steps // CHECKS)
 
     @property
+    def looks(self) -> int:
+        """At held-out texts without gain, after which training stops."""
+        return self.patience or PATIENCE
+
+    @property
+    def replaced_every(self) -> int:
+        """Steps after which a text is replaced; 0 for never."""
+        return 0 if self.joint else FRESH if self.fresh is None else self.fresh
+
+    @property
     def recipe(self) -> Recipe:
         """Of distillation, and of the looks at held-out texts."""
-        how = self.how
+        how, target = self.how, self.target or (self.how.targets or ("budget",))[0]
         return Recipe(
-            target=self.target or (how.targets or ("budget",))[0],
+            target=target,
             steps=self.steps or STEPS,
             rate=self.rate or self._rate(),
             bias_rate=0.0 if self.joint else self.bias_rate or Recipe.bias_rate,  # a model's own must not learn faster
             warm=(self.heat or (Recipe.warm,))[0],
             cold=(self.heat or (Recipe.cold,))[-1],
             capacity=1.0 if self.capacity is None else self.capacity,
-            surprisal=how.surprisal,
+            surprisal=float(target in how.surprised) if self.surprisal is None else self.surprisal,
             scope=self.scope or how.scope,
             ageing=how.ageing,
             falling=how.falling,
@@ -225,6 +244,7 @@ class Plan:
         found: dict[str, Any] = {"form": form, "texts": self.n_texts, "tokens": self.length, "seed": self.seed}
         if DISTILL in self.stages:
             found |= {"target": recipe.target, "steps": recipe.steps, "rate": recipe.rate, "capacity": recipe.capacity}
+            found |= {"surprisal": recipe.surprisal} if recipe.surprisal else {}
             found |= {"bias_rate": recipe.bias_rate, "warm": recipe.warm, "cold": recipe.cold}
         found |= {"scope": recipe.scope, "window": recipe.window}
         found |= ({"recall": self.recall} if self.recall else {}) | (

@@ -124,6 +124,30 @@ def test_going_on_gives_the_same_gates(tiny, book, tmp_path):
     kvp.detach(model)
 
 
+@pytest.mark.parametrize("how", [{"lora": 2}, {"full": True}], ids=str)
+def test_going_on_gives_the_same_model(tiny, book, tmp_path, how):
+    """Also where the model learns: its teacher is the model as it was, before and after."""
+    plan = Plan(
+        method="spkv", data=(str(book),), texts=2, tokens=512, steps=14, check=7, **how
+    )  # texts would be replaced at 12
+
+    def trained(name: str, watch: Quiet):
+        model, tokenizer = models.load(tiny)
+        try:
+            return fit.fit(model, tokenizer, plan, tmp_path / name, watch)
+        finally:
+            kvp.detach(model)
+
+    straight = trained("a.safetensors", Quiet())
+    with pytest.raises(KeyboardInterrupt):
+        trained("b.safetensors", Quiet(13))
+    again = trained("b.safetensors", Quiet())
+    assert again.progress.curve == straight.progress.curve and again.progress.checks == straight.progress.checks
+    assert straight.adapters and again.adapters
+    ours, theirs = (mx.load(str(x.adapters / "adapters.safetensors")) for x in (again, straight))
+    assert ours.keys() == theirs.keys() and all(mx.array_equal(ours[name], theirs[name]) for name in theirs)
+
+
 def test_another_command_does_not_go_on(tiny, book, tmp_path, capsys):
     model, tokenizer = models.load(tiny)
     out = tmp_path / "g.safetensors"
@@ -224,6 +248,13 @@ BAD = [
     ("--method kvzap --target decay", r"\[target\] .*; got 'decay'; try it without"),
     ("--steps 0", r"invalid value for '--steps'"),
     ("--stage utility --steps 9", r"\[steps\] would have no effect here; got 9; try it without --steps"),
+    ("--stage utility --check 9", r"\[check\] would have no effect here; got 9; try it without --check"),
+    ("--stage utility --patience 9", r"\[patience\] would have no effect here; got 9; try it without --patience"),
+    ("--method kvzap --fresh 9", r"\[fresh\] would have no effect here; got 9; try it without --fresh"),
+    ("--method spkv --lora 4 --fresh 9", r"\[fresh\] would have no effect here; got 9; try it without --fresh"),
+    ("--stage utility --surprisal 1", r"\[surprisal\] would have no effect here; got 1.0; try it without"),
+    ("--stage utility --minutes 9", r"\[minutes\] would have no effect here; got 9; try it without --minutes"),
+    ("--target decay --capacity -1", r"\[capacity\] must be a weight of 0 or more; got -1; try it without --capacity"),
     ("--capacity 2", r"\[capacity\] would have no effect here; got 2.0; try"),
     ("--form linear --hidden 9", r"\[hidden\] would have no effect here; got 9; try"),
     ("--rate -1", r"\[rate\] must be above 0; got -1; try"),
