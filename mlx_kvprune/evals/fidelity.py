@@ -79,15 +79,44 @@ def blocks(one: Trace, start: int) -> dict[str, list[float]]:
 
 
 def rows(units: Sequence[Unit]) -> list[dict[str, Any]]:
-    """One row per condition; several texts are pooled, their blocks resampled together."""
+    """One row per condition; several texts are pooled, their blocks resampled together.
+
+    ``over_window`` is how much more KL there is than with ``window`` at the same budget, block by block: all conditions read
+    the same tokens, so that what makes a block hard for one does for the other, and the difference is known better than
+    either.
+    """
+    groups = list(by_condition(units))
+    windows = {_rivals(some[0]): some for some in groups if some[0]["policy"] == "window"}
     return [
-        {"task": "fidelity", **named(some[0]), **_pooled([unit["result"] for unit in some])}
-        for some in by_condition(units)
+        {
+            "task": "fidelity",
+            **named(some[0]),
+            **_pooled([unit["result"] for unit in some]),
+            **_over(some, windows.get(_rivals(some[0]), [])),
+        }
+        for some in groups
     ]
 
 
+def _rivals(unit: Unit) -> tuple[Any, ...]:
+    """What a condition and its control have in common."""
+    return unit.get("share") or unit["budget"], unit.get("kv_bits")
+
+
+def _over(mine: Sequence[Unit], windows: Sequence[Unit]) -> dict[str, float]:
+    """The mean difference of KL by blocks, on the texts that both have read, with its interval."""
+    kl = lambda units: {unit["item"]: x["kl"] for unit in units if (x := unit["result"].get("blocks"))}
+    of_mine, control = kl(mine), kl(windows)
+    both = [(x, control[item]) for item, x in of_mine.items() if item in control]
+    if not both or mine[0]["policy"] in ("full", "window"):
+        return {}
+    x = np.concatenate([np.array(a) - np.array(b) for a, b in both])
+    low, high = bootstrap_interval(x, block=1)
+    return {"over_window": _mean(x), "over_window_low": low, "over_window_high": high}
+
+
 def _pooled(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    row = {name: value for name, value in results[0].items() if name != "blocks"}
+    row = {name: value for name, value in results[0].items() if name != "blocks"} | {"texts": len(results)}
     if len(results) == 1:
         return row
     for name in MEASURES:
@@ -98,7 +127,7 @@ def _pooled(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
     near = zip(*(result["by_distance"] for result in results), strict=True)
     row["by_distance"] = [_pooled_near(some) for some in near]
     sizes = {name: max(result[name] for result in results) for name in SIZES}
-    return {**row, "texts": len(results), **sizes}
+    return {**row, **sizes}
 
 
 def _pooled_near(some: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -43,12 +43,13 @@ def _predictions(share: str, rows: Sequence[Row]) -> Iterator[str]:
         if not named:
             continue
         best = min(named, key=lambda row: row["kl"])
-        text = f"**{share}** of {tokens:,} tokens{f' ({data})' if data else ''}, predictions: `{label(best)}`, "
+        read = f"{best['texts']} text{'s' if best['texts'] > 1 else ''}"
+        text = f"**{share}** of {tokens:,} tokens ({f'{data}, ' if data else ''}{read}), predictions: `{label(best, mine)}`, "
         text += f"KL {interval(best, 'kl', '.3f')} nats from full, NLL {interval(best, 'nll_change', '+.3f')}"
         untrained = [row for row in named if not find(row["policy"]).gates]
         if untrained and best not in untrained:
             second = min(untrained, key=lambda row: row["kl"])
-            text += f"; without training `{label(second)}` {interval(second, 'kl', '.3f')}"
+            text += f"; without training `{label(second, mine)}` {interval(second, 'kl', '.3f')}"
         window = _window(mine, best)
         yield text + (f"; {_against(best, window)}" if window else "")
 
@@ -60,9 +61,19 @@ def _window(rows: Sequence[Row], best: Row) -> Row | None:
 
 
 def _against(best: Row, window: Row) -> str:
-    apart = "intervals apart" if best["kl_high"] < window["kl_low"] else "intervals overlap"
-    better = "" if best["kl"] < window["kl"] else "**no better than** "
-    return f"{better}`{label(window)}` {interval(window, 'kl', '.3f')} ({apart})"
+    """The control beside it; by the difference on the same tokens, where one table has both."""
+    said = f"`{label(window)}` {interval(window, 'kl', '.3f')}"
+    if "over_window" not in best:
+        apart = "intervals apart" if best["kl_high"] < window["kl_low"] else "intervals overlap"
+        return f"{'' if best['kl'] < window['kl'] else '**no better than** '}{said} ({apart})"
+    better = (
+        ""
+        if best["over_window_high"] < 0
+        else "**not told apart from** "
+        if best["over_window"] < 0
+        else "**no better than** "
+    )
+    return f"{better}{said} (on the same tokens {interval(best, 'over_window', '+.3f')})"
 
 
 def _answers(share: str, rows: Sequence[Row]) -> Iterator[str]:
@@ -117,17 +128,18 @@ def over_seeds(rows: Sequence[tuple[int, Row]]) -> list[str]:
     """Mean and standard deviation of the headline number of what was measured with several seeds.
 
     Args:
-        rows: each with the seed of its run.
+        rows: each with the seed of its run; those of other data, lengths of text or gates are other rows.
     """
     found: dict[tuple, dict[int, float]] = {}
     for seed, row in rows:
         name = next((name for name in ("kl", "score", "regret") if name in row), None)
         if name and row["policy"] != "full":
-            place = (row["task"], row.get("wording", ""), label(row), row.get("share") or row["budget"], name)
+            same = tuple(row.get(name) for name in ("wording", "data", "length", "gates", "gate_id", "local_layers"))
+            place = (row["task"], label(row), row.get("share") or row["budget"], name, *same)
             found.setdefault(place, {})[seed] = row[name]
     return [
         f"{task}{f' ({wording})' if wording else ''}, `{who}` {budget}: {name} {fixed(float(np.mean(x)), '.3f')} "
         f"+- {fixed(float(np.std(x, ddof=1)), '.3f')} over {len(x)} seeds"
-        for (task, wording, who, budget, name), by_seed in found.items()
+        for (task, who, budget, name, wording, *_), by_seed in found.items()
         if len(x := list(by_seed.values())) > 1
     ]

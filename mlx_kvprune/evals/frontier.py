@@ -27,11 +27,16 @@ def _series(rows: Sequence[Row], measure: str) -> tuple[Series, ...]:
     lines: dict[str, list[tuple[float, float, float, float]]] = {}
     for row in rows:
         point = (row["kv_bytes_peak"], row[measure], row[f"{measure}_low"], row[f"{measure}_high"])
-        lines.setdefault(label(row), []).append(point)
+        lines.setdefault(label(row, rows), []).append(point)
     return tuple(Series(name, tuple(points)) for name, points in lines.items())
 
 
-def label(row: Row) -> str:
-    """A condition without its budget: ``snapkv, head_adaptive, 4 bits``."""
+def label(row: Row, among: Sequence[Row] = ()) -> str:
+    """A condition without its budget: ``snapkv, head_adaptive, 4 bits``; with gates and local layers where they tell apart."""
     allocator = "" if row["allocator"] == "uniform" else f", {row['allocator']}"
-    return row["policy"] + allocator + (f", {row['kv_bits']} bits" if row.get("kv_bits") else "")
+    said = row["policy"] + allocator + (f", {row['kv_bits']} bits" if row.get("kv_bits") else "")
+    rivals = [x for x in among if (x["policy"], x["allocator"]) == (row["policy"], row["allocator"])]
+    for name, what in (("gates", ""), ("local_layers", "local layers ")):
+        if len({x.get(name) for x in rivals}) > 1 and row.get(name):
+            said += f", {what}{row[name]}"
+    return said

@@ -34,7 +34,8 @@ day, the machine and the versions.
   slots: what a policy remembers beside its slots is paid for in slots, and at 4 bits more slots fit. `kv MB` is the most that
   was held, everything counted.
 - KL is from the full cache's prediction, in nats a token, over the second half of the text; in brackets 95% intervals of a
-  block bootstrap. Answers are exact if every token was the model's first choice; log p is the answer's, in nats;
+  block bootstrap. *KL over window's*: the difference on the same tokens, which is known better than either.
+- Answers are exact if every token was the model's first choice; log p is the answer's, in nats;
   *against full's*: minus that of the full cache for the same questions.
 - Questions count only where the full cache solves 80%. *Of full's*: how many of the full cache's answers are left. Facts are
   invented, of kinds that the full cache finds; questions repeat the fact's words unless they are called paraphrased, and the
@@ -43,8 +44,9 @@ day, the machine and the versions.
 - **Capacity-bound** tasks need many things held at once, **dilution-bound** ones one thing among much else: a
   policy may gain in one and lose in the other.
 - `window` (sinks and the newest tokens) and `random` are controls. `retention` asks learned gates (docs/gates.md), whose own
-  bytes (1.7 MB in the file, twice that at work) are not in `kv MB`. Training did not see these texts; at `aesop-fables` gates
-  were looked at while they trained, and `mansfield-park` was looked at to say how long a block of `global` may be.
+  bytes (SmolLM2's: 1.7 MB in the file, twice that at work) are not in `kv MB`. Training did not see these texts; at
+  `aesop-fables` gates were looked at while they trained, and `mansfield-park` was looked at to say how long a block of
+  `global` may be.
 """
 
 
@@ -119,7 +121,7 @@ def _order(table: Table) -> tuple[int, int]:
 def _findings(mine: Sequence[Table]) -> Iterator[str]:
     named = lambda table: table.setup["data"].rsplit(" ", 1)[0]
     seeded = [
-        (table.setup["seed"], {**row, "data": named(table), "table": number})
+        (table.setup["seed"], {**row, "data": named(table), "length": table.setup["tokens"], "table": number})
         for number, table in enumerate(mine)
         for row in table.rows()
     ]

@@ -27,13 +27,21 @@ def title(task: str, rows: Sequence[Row]) -> str:
 
 
 def _line(task: str, row: Row, rows: Sequence[Row]) -> Cells:
-    return {**condition(row, rows), **CELLS[task](row), **size(row)}
+    texts = {"texts": str(row["texts"])} if len({x.get("texts") for x in rows}) > 1 and "texts" in row else {}
+    return {**condition(row, rows), **texts, **CELLS[task](row), **size(row)}
 
 
 def _fidelity(row: Row) -> Cells:
     near = {f"KL {x['from']}-{x['to']}": fixed(x["kl"], ".3f") for x in row["by_distance"]}
     measures = {"KL": interval(row, "kl", ".3f"), "change of NLL": interval(row, "nll_change", "+.3f")}
-    return {**measures, "top-1": interval(row, "agreement", ".1%"), **near}
+    over = interval(row, "over_window", "+.3f") if "over_window" in row else "-"
+    return {
+        "KL": measures["KL"],
+        "KL over window's": over,
+        **measures,
+        "top-1": interval(row, "agreement", ".1%"),
+        **near,
+    }
 
 
 def _regret(row: Row) -> Cells:
@@ -114,7 +122,8 @@ def condition(row: Row, rows: Sequence[Row]) -> Cells:
 
 def size(row: Row) -> Cells:
     """What is held."""
-    return {"slots": str(row["slots_held"]), "kv MB": f"{row['kv_bytes_peak'] / 1e6:.2f}"}
+    gates = {"gates MB": f"{row['gate_bytes'] / 1e6:.2f}"} if row.get("gate_bytes") else {}
+    return {"slots": str(row["slots_held"]), "kv MB": f"{row['kv_bytes_peak'] / 1e6:.2f}"} | gates
 
 
 def interval(row: Row, name: str, form: str) -> str:

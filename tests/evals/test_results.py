@@ -50,11 +50,41 @@ def test_the_best_policy_and_its_distance_are_named(tmp_path):
         prediction("tova", 0.1),
         prediction("knorm", 0.12, allocator="global"),
     )
-    assert "- **1/4** of 100 tokens (d), predictions: `tova`, KL 0.100 [0.090, 0.110] nats from full" in text
+    assert "- **1/4** of 100 tokens (d, 1 text), predictions: `tova`, KL 0.100 [0.090, 0.110] nats from full" in text
     assert "`window` 0.200 [0.190, 0.210] (intervals apart)" in text
     for said in ("mlx-kvprune eval", "2026-01-02, a machine; mlx 9", "100 tokens, data d, seed 0", "## tiny"):
         assert said in text
     assert "| knorm | global | 1/4 | 25 | 0.120 [0.110, 0.130] |" in text
+
+
+def test_what_is_known_block_by_block_decides(tmp_path):
+    """Intervals overlap, for some blocks are hard for all; on each block ``tova`` is better, and ``knorm`` now and then."""
+    hard = [0.1, 0.9, 0.2, 0.8] * 8
+    blocks = lambda *less: {"blocks": {"kl": [x - less[i % len(less)] for i, x in enumerate(hard)]}}
+
+    def told(policy: str, kl: float, *less: float, **more) -> dict:
+        one = prediction(policy, kl, 0.2, **more)
+        return {**one, "result": {**one["result"], **blocks(*less)}}
+
+    window = told("window", 0.5, 0.0)
+    text = page(tmp_path, window, told("tova", 0.46, 0.03, 0.05))
+    assert "`window` 0.500 [0.300, 0.700] (on the same tokens -0.040 [-0.0" in text
+    text = page(tmp_path, window, told("knorm", 0.49, 0.4, -0.38))
+    assert "**not told apart from** `window` 0.500" in text
+    header, line = (next(x for x in text.splitlines() if x.startswith(f"| {name} |")) for name in ("policy", "knorm"))
+    assert dict(zip(header.split(" | "), line.split(" | "), strict=True))["KL over window's"].startswith("-0.010 [")
+    other = told("tova", 0.46, 0.03, 0.05, item=1, setup=SETUP)
+    assert "(on the same tokens" not in page(tmp_path, window, other), "another text"
+
+
+def test_gates_of_one_policy_are_told_apart():
+    rows = [
+        {"policy": "retention", "allocator": "global", "gates": name} for name in ("a.safetensors", "b.safetensors")
+    ]
+    assert [frontier.label(row, rows) for row in rows] == [f"retention, global, {row['gates']}" for row in rows]
+    assert frontier.label(rows[0], rows[:1]) == "retention, global"
+    rows = [{"policy": "tova", "allocator": "uniform", "local_layers": layers} for layers in (None, "auto")]
+    assert [frontier.label(row, rows) for row in rows] == ["tova", "tova, local layers auto"]
 
 
 def test_no_better_than_window_is_said(tmp_path):
@@ -127,6 +157,10 @@ def test_spread_over_seeds(tmp_path):
     seeded = lambda seed, kl: prediction("tova", kl, seed=seed, setup={**SETUP, "seed": seed})
     text = page(tmp_path, seeded(0, 0.1), seeded(1, 0.3))
     assert "fidelity, `tova` 1/4: kl 0.200 +- 0.141 over 2 seeds" in text
+    other = prediction("tova", 0.9, seed=2, setup={**SETUP, "seed": 2, "data": "another e"})
+    assert "kl 0.200 +- 0.141 over 2 seeds" in page(tmp_path, seeded(0, 0.1), seeded(1, 0.3), other), "other data"
+    longer = prediction("tova", 0.9, seed=2, setup={**SETUP, "seed": 2, "tokens": 200})
+    assert "kl 0.200 +- 0.141 over 2 seeds" in page(tmp_path, seeded(0, 0.1), seeded(1, 0.3), longer), "longer texts"
     assert findings.over_seeds([(0, {"task": "x", "policy": "full", "kl": 0.0})]) == []
 
 
