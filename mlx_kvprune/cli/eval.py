@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlx_kvprune.cli.options import Json, ModelOptions, load, spread
-from mlx_kvprune.evals.presets import DEFAULTS, chosen
+from mlx_kvprune.evals.presets import DEFAULTS, LENGTHS, chosen
 
 if TYPE_CHECKING:
     from mlx_kvprune.evals.job import Grid, Job, Task, Tick
@@ -33,6 +34,9 @@ Row = dict[str, Any]
 
 def _option(*flags: str, metavar: str | None = None, help: str, **more: Any) -> Any:
     return typer.Option(*flags, metavar=metavar, help=help, rich_help_panel="Evaluation", **more)
+
+
+UNDRAWN = ("regret", "generation", "density")  # tasks without a line against bytes
 
 
 def _default(name: str) -> str:
@@ -113,7 +117,13 @@ Trials = Annotated[
 Texts = Annotated[
     int | None, _option("--texts", min=1, help=f"Texts of the tasks without questions. {_default('texts')}")
 ]
-Seed = Annotated[int, _option("--seed", min=0, help="Of everything that is drawn.")]
+AnswerTokens = Annotated[
+    int | None,
+    _option("--answer-tokens", min=1, help=f"Of a generated answer, at most. {_default('answer_tokens')}"),
+]
+Seed = Annotated[
+    int, _option("--seed", min=0, help="Of everything that is drawn, and which excerpts of the texts are read.")
+]
 Quick = Annotated[
     bool, _option("--quick", help="A grid of about 80,000 tokens: under ten minutes on two quiet CPU cores.")
 ]
@@ -155,6 +165,7 @@ def eval_(
     haystack: Haystack = None,
     trials: Trials = None,
     texts: Texts = None,
+    answer_tokens: AnswerTokens = None,
     seed: Seed = 0,
     quick: Quick = False,
     grid: GridName = "",
@@ -167,27 +178,49 @@ def eval_(
 
     `kv MB` counts everything that is held. Only questions that the full cache answers in 80% of the trials count.
     """
+    from mlx_kvprune.bench import plot as pictures
     from mlx_kvprune.cli import output
     from mlx_kvprune.evals import tasks as known
 
     given = {"policies": policies, "budgets": budgets, "allocators": allocators, "kv_bits": kv_bits, "equal": equal}
     given |= {"tasks": tasks, "tokens": tokens, "haystack": haystack, "trials": trials, "texts": texts}
-    given |= {"gates": gates, "local_layers": local_layers}
+    given |= {"answer_tokens": answer_tokens, "gates": gates, "local_layers": local_layers}
+    if quick and grid:
+        raise ValueError(f"[grid] --quick is a grid of its own; got --grid {grid} as well; try one of them")
     wanted = chosen("quick" if quick else grid, **given)
     some = known.named(split(wanted["tasks"]))
+    pictures.check(plot)
+    if plot is not None and not {task.name for task in some} - set(UNDRAWN):
+        raise ValueError(f"[plot] nothing to draw; got --tasks {wanted['tasks']}; try it without --plot")
+    if out is not None:
+        check_out(out.expanduser())
     job = prepare(model, wanted, data or [], seed)
-    rows, notes = run_tasks(some, job, out)
+    rows, notes = run_tasks(some, job, out.expanduser() if out else None)
     for note in notes:
         output.say(f"[eval] {note}")
     show(rows, markdown, to_stderr=json)
+    if json:
+        about = {name: wanted[name] for name in LENGTHS}
+        output.write_json({"model": model.model, **about, "seed": seed, "notes": notes, "rows": rows})
     if plot is not None:
         from mlx_kvprune.evals.frontier import panels
         from mlx_kvprune.report.frontier import draw
 
         draw(panels(rows), plot)
-    if json:
-        about = {name: wanted[name] for name in ("tokens", "haystack", "trials", "texts")}
-        output.write_json({"model": model.model, **about, "seed": seed, "notes": notes, "rows": rows})
+
+
+def check_out(out: Path) -> None:
+    """Refuse what could not be written when the first piece of work is done.
+
+    Raises:
+        ValueError: no such folder, a folder, or no right to write.
+    """
+    if not out.parent.is_dir():
+        raise ValueError(f"[out] no such folder; got {str(out.parent)!r}; try another --out")
+    if out.is_dir():
+        raise ValueError(f"[out] a folder; got {str(out)!r}; try a file in it")
+    if not os.access(out if out.exists() else out.parent, os.W_OK):
+        raise ValueError(f"[out] no right to write; got {str(out)!r}; try another --out")
 
 
 def split(text: str) -> list[str]:
@@ -211,7 +244,7 @@ def prepare(model: ModelOptions, wanted: dict[str, Any], data: Sequence[Path], s
     limit, longest = trained_context(found), max(wanted["tokens"], wanted["haystack"])
     if limit is not None and longest > limit:
         raise ValueError(f"[tokens] longer than the model's trained context; got {longest}; try {limit} or less")
-    lengths = {name: wanted[name] for name in ("tokens", "haystack", "trials", "texts")}
+    lengths = {name: wanted[name] for name in LENGTHS}
     return Job(found, tokenizer, documents, grid, **lengths, seed=seed, about=about(model, documents))
 
 

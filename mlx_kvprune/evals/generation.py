@@ -18,14 +18,14 @@ from mlx_kvprune.evals.job import Job, Measured, Task, Tick
 from mlx_kvprune.evals.store import Unit, by_condition, named
 from mlx_kvprune.evals.texts import excerpts
 
-NEW = 96  # tokens at most
 LONGEST_PERIOD, REPEATS = 32, 3
 QUESTION = "Tell in a few sentences what happens in this text."
 
 
 def items(job: Job) -> list[str]:
     """Texts to be summed up."""
-    return [job.tokenizer.decode(tokens) for tokens in excerpts(job.tokenizer, job.plain, job.haystack, job.texts)]
+    some = excerpts(job.tokenizer, job.plain, job.haystack, job.texts, job.seed)
+    return [job.tokenizer.decode(tokens) for tokens in some]
 
 
 def measure(job: Job, text: str, conditions: Sequence[Condition], tick: Tick) -> Measured:
@@ -34,9 +34,9 @@ def measure(job: Job, text: str, conditions: Sequence[Condition], tick: Tick) ->
     ends: set[int] = set(getattr(job.tokenizer, "eos_token_ids", ()))
     for condition in conditions:
         caches = condition.caches(job.model)
-        said = greedy(job.model, ids, caches, NEW, ends)
-        tick(job.haystack + NEW)
-        yield condition, {"said": said, "most": NEW, "prompt_tokens": len(ids), **held(caches)}
+        said = greedy(job.model, ids, caches, job.answer_tokens, ends)
+        tick(job.haystack + job.answer_tokens)
+        yield condition, {"said": said, "most": job.answer_tokens, "prompt_tokens": len(ids), **held(caches)}
 
 
 def greedy(model: Any, ids: Sequence[int], caches: list[Any], most: int, ends: set[int]) -> list[int]:
@@ -53,7 +53,7 @@ def greedy(model: Any, ids: Sequence[int], caches: list[Any], most: int, ends: s
 
 def work(job: Job, text: str, conditions: Sequence[Condition]) -> int:
     """How many tokens ``measure`` sends through the model."""
-    return (job.haystack + NEW) * len(conditions)
+    return (job.haystack + job.answer_tokens) * len(conditions)
 
 
 def loops(said: Sequence[int], longest: int = LONGEST_PERIOD, repeats: int = REPEATS) -> bool:
@@ -103,4 +103,5 @@ TASK = Task(
     work,
     rows,
     question=False,
+    own=lambda job: {"answer_tokens": job.answer_tokens},
 )

@@ -64,6 +64,7 @@ class Job:
         haystack: length of the text that questions are about.
         trials: of question tasks.
         texts: of the tasks that take texts as they are.
+        answer_tokens: of a generated answer, at most.
         seed: of everything that is drawn.
         about: what names the model and the data in stored rows.
     """
@@ -76,6 +77,7 @@ class Job:
     haystack: int = 1024
     trials: int = 10
     texts: int = 1
+    answer_tokens: int = 256
     seed: int = 0
     about: dict[str, Any] = field(default_factory=dict)
     _found: dict[int, tuple[list[Condition], list[str]]] = field(default_factory=dict, compare=False, repr=False)
@@ -126,6 +128,7 @@ class Task:
         check: refuses models that it cannot measure.
         fits: refuses a condition that this task has no room for.
         alone: whether an item depends on its number and the seed only, not on how many there are.
+        own: what else of the job decides what its results are.
     """
 
     name: str
@@ -140,6 +143,7 @@ class Task:
     check: Callable[[Job], Any] = lambda job: None
     fits: Callable[[Job, Condition], Any] = lambda job, condition: None
     alone: bool = True
+    own: Callable[[Job], dict[str, Any]] = lambda job: {}
 
     def conditions(self, job: Job) -> tuple[list[Condition], list[str]]:
         """The conditions that take part, and notes on the others."""
@@ -164,7 +168,12 @@ class Task:
 
     def unit(self, job: Job, number: int, n: int, condition: Condition, result: Any = None) -> Unit:
         """A unit of this task."""
-        setup = {**job.about, "tokens": self.length(job), "seed": job.seed, **({} if self.alone else {"of": n})}
+        setup = {
+            **job.about,
+            "tokens": self.length(job),
+            "seed": job.seed,
+            **({} if self.alone else {"of": n}),
+        } | self.own(job)
         named = {**condition.describe(), **job.gates_of(condition)}
         return {"task": self.name, "item": number, **named, "setup": setup, "result": result}
 
@@ -206,7 +215,14 @@ def rows(job: Job, task: Task, store: Store) -> list[dict[str, Any]]:
     """The task's rows; all of its units must be there."""
     some, n = task.conditions(job)[0], len(task.items(job))
     units = [store.of(task.unit(job, number, n, c)) for c in some for number in range(n)]
-    gates = {c.policy: size for c in some if (size := gate_bytes(job.model, c))}  # beside what is held, not in it
+    gates = {
+        _asks(c.policy, dict(c.more)): size for c in some if (size := gate_bytes(job.model, c))
+    }  # beside what is held
     bound = {"bound": task.bound} if task.bound else {}
-    more = lambda row: {**bound, **({"gate_bytes": gates[row["policy"]]} if row["policy"] in gates else {})}
+    more = lambda row: bound | ({"gate_bytes": gates[who]} if (who := _asks(row["policy"], row)) in gates else {})
     return [{**row, **more(row)} for row in task.rows([x for x in units if x])]
+
+
+def _asks(policy: str, more: dict[str, Any]) -> tuple[str, str]:
+    """Whose gates, and which."""
+    return policy, more.get("gates") or ""

@@ -17,7 +17,9 @@ DEFAULTS: dict[str, Any] = {
     "haystack": None,  # half of the tokens
     "trials": 10,
     "texts": 1,
+    "answer_tokens": 256,
 }
+LENGTHS = ("tokens", "haystack", "trials", "texts", "answer_tokens")
 PRESETS: dict[str, dict[str, Any]] = {
     "": {},
     "quick": {
@@ -27,6 +29,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "tokens": 1024,
         "haystack": 1024,
         "trials": 4,
+        "answer_tokens": 96,
     },
     "standard": {
         "policies": "all",

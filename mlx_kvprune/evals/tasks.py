@@ -25,7 +25,7 @@ from mlx_kvprune.evals.job import Job, Task
 
 
 def _excerpts(job: Job) -> list[list[int]]:
-    return texts.excerpts(job.tokenizer, job.plain, job.tokens, job.texts)
+    return texts.excerpts(job.tokenizer, job.plain, job.tokens, job.texts, job.seed)
 
 
 def _tokens(job: Job) -> int:

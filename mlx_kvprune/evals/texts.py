@@ -12,8 +12,9 @@ from typing import Any
 
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[.!?][\"'\u201d\u2019])\s+|\n\s*\n")
 SUFFIXES = (".txt", ".md", ".jsonl")
-TEXT_FIELDS = ("context", "text", "document", "passage", "prompt", "content")  # LongBench has ``context``, as SQuAD
-QUESTION_FIELDS = ("input", "question", "query")
+TEXT_FIELDS = ("context", "text", "document", "passage", "prompt", "content", "input")
+# LongBench asks in ``input`` about ``context``; in BABILong ``input`` is the text, in RULER too: its last line asks
+QUESTION_FIELDS = ("question", "query", "input")
 ANSWER_FIELDS = ("answers", "answer", "outputs", "target", "output")  # RULER has ``outputs``
 CHARS_PER_TOKEN = 8  # more than natural text has: how much is cut off before it is tokenized
 
@@ -90,14 +91,18 @@ def _document(path: Path, number: int, line: str) -> Document:
     """A line's document, whatever benchmark it is from."""
     try:
         fields = json.loads(line)
-        text = next(fields[name] for name in TEXT_FIELDS if isinstance(fields.get(name), str))
+        where = next(name for name in TEXT_FIELDS if isinstance(fields.get(name), str))
     except (ValueError, AttributeError, StopIteration):
         raise ValueError(
             f"[data] no JSON object with a text in {', '.join(TEXT_FIELDS)}; got line {number} of {path}; try one a line"
         ) from None
-    asked = next((fields[name] for name in QUESTION_FIELDS if isinstance(fields.get(name), str)), "")
+    questions = [name for name in QUESTION_FIELDS if name != where and isinstance(fields.get(name), str)]
+    asked = next((fields[name] for name in questions), "")
     given = next((fields[name] for name in ANSWER_FIELDS if fields.get(name)), ())
-    return Document(text, Path(path.name.removesuffix(".gz")).stem, asked, _answers(given))
+    text = fields[where]
+    if where == "input" and given and not asked:
+        text, _, asked = text.rstrip().rpartition("\n")
+    return Document(text or fields[where], Path(path.name.removesuffix(".gz")).stem, asked, _answers(given))
 
 
 def _answers(given: Any) -> tuple[str, ...]:
@@ -116,19 +121,22 @@ def excerpt(tokenizer: Any, texts: Sequence[str], n: int) -> list[int]:
     return excerpts(tokenizer, texts, n, 1)[0]
 
 
-def excerpts(tokenizer: Any, texts: Sequence[str], n: int, count: int) -> list[list[int]]:
+def excerpts(tokenizer: Any, texts: Sequence[str], n: int, count: int, seed: int = 0) -> list[list[int]]:
     """``count`` excerpts of ``n`` tokens: the first of every text, then the second of every text, and so on.
+
+    Another seed takes the next ``count``, and begins again where texts end.
 
     Raises:
         ValueError: there are not as many.
     """
-    tokens = [list(tokenizer.encode(text[: CHARS_PER_TOKEN * n * count])) for text in texts]
+    tokens = [list(tokenizer.encode(text[: CHARS_PER_TOKEN * n * count * (seed + 1)])) for text in texts]
     longest = max(map(len, tokens), default=0)
     found = [
         one[start : start + n] for start in range(0, longest - n + 1, n) for one in tokens if len(one) >= start + n
     ]
     if len(found) >= count:
-        return found[:count]
+        first = seed * count
+        return [found[(first + i) % len(found)] for i in range(count)]
     if not found:
         raise ValueError(
             f"[data] no text of {n} tokens; got {longest} at most; try --tokens {longest}, or a longer --data"

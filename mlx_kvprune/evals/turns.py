@@ -2,7 +2,8 @@
 
 Answers are given, not generated, and ``end_turn`` marks the turns, as ``chat`` does. Small models rarely say such a fact even
 with the full cache, so that what counts is how likely it is: a question is ``exact`` if the model finds the fact's
-word likelier than one that was never told. (``first`` is whether it would have said it.)
+word likelier than the full cache does after the same conversation without that fact. (``first`` is whether it would have
+said it.)
 """
 
 from __future__ import annotations
@@ -88,7 +89,7 @@ def read(job: Job, turns: Sequence[tuple[str, str]], caches: list[Any]) -> int:
 
 def measure(job: Job, item: Conversation, conditions: Sequence[Condition], tick: Tick) -> Measured:
     """The outcome of every question, for each condition."""
-    never = [_asked(job, (), ask, 0, FULL.caches(job.model))["logprob"] for ask in item.asks]
+    never = [_never_told(job, item, number, tick) for number in range(len(item.asks))]
     for condition in conditions:
         caches = condition.caches(job.model)
         n = read(job, item.turns, caches)
@@ -100,6 +101,15 @@ def measure(job: Job, item: Conversation, conditions: Sequence[Condition], tick:
             )
         tick(length(job))
         yield condition, {"outcomes": found}
+
+
+def _never_told(job: Job, item: Conversation, number: int, tick: Tick) -> float:
+    """Log-probability of a fact's word with the full cache after a conversation that has all turns but that one."""
+    turns = (*item.turns[:number], *item.turns[number + 1 :])
+    caches = FULL.caches(job.model)
+    outcome = _asked(job, turns, item.asks[number], read(job, turns, caches), caches)
+    tick(length(job))
+    return outcome["logprob"]
 
 
 def _asked(job: Job, turns: Sequence[tuple[str, str]], ask: Ask, n: int, caches: list[Any]) -> dict[str, Any]:
@@ -119,7 +129,7 @@ def length(job: Job) -> int:
 
 def work(job: Job, item: Conversation, conditions: Sequence[Condition]) -> int:
     """How many tokens ``measure`` sends through the model, without the questions."""
-    return length(job) * len(conditions)
+    return length(job) * (len(conditions) + len(item.asks))
 
 
 TASK = Task(

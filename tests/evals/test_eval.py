@@ -161,6 +161,11 @@ def test_a_drawn_table(run):
         (["--tasks", "qa"], "[qa] no questions in the data"),
         (["--tokens", "9999"], "trained context"),
         (["--data", "/nowhere.txt"], "[data] cannot read"),
+        (["--quick", "--grid", "standard"], "[grid] --quick is a grid of its own; got --grid standard as well"),
+        (["--plot", "/nowhere/kl.png"], "[plot] no such folder; got '/nowhere'"),
+        (["--plot", "kl.png", "--tasks", "regret,density"], "[plot] nothing to draw; got --tasks regret,density"),
+        (["--out", "/nowhere/rows.jsonl"], "[out] no such folder; got '/nowhere'"),
+        (["--out", "/tmp"], "[out] a folder; got '/tmp'"),
     ],
 )
 def test_wrong_input_is_one_line(run, args, problem):

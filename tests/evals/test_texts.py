@@ -72,13 +72,15 @@ def test_benchmarks_are_read_as_they_are(tmp_path):
     lines = [
         {"context": "A text.", "input": "Who?", "answers": ["Ann", "Anna"], "length": 2},  # LongBench
         {"context": "B text.", "question": "Where?", "answers": {"text": ["here"], "answer_start": [0]}},  # SQuAD
-        {"input": "What?", "context": "C text.", "outputs": ["48213"]},  # RULER
+        {"input": "What?", "context": "C text.", "outputs": ["48213"]},
         {"document": "D text.", "query": "When?", "answer": 1912},
         {"text": "E text."},
+        {"input": "F text.", "question": "How?", "target": "so"},  # BABILong
+        {"index": 0, "input": "G text. G again.\nWhich number? It is\n", "outputs": ["12", "34"], "length": 9},  # RULER
     ]
     path = tmp_path / "bench.jsonl.gz"
     path.write_bytes(gzip.compress("\n".join(map(json.dumps, lines)).encode()))
-    (tmp_path / "plain.txt").write_text("F text.")
+    (tmp_path / "plain.txt").write_text("H text.")
     found = texts.loaded([path, tmp_path / "plain.txt"])
     assert [(d.text[0], d.question, d.answers) for d in found] == [
         ("A", "Who?", ("Ann", "Anna")),
@@ -86,13 +88,18 @@ def test_benchmarks_are_read_as_they_are(tmp_path):
         ("C", "What?", ("48213",)),
         ("D", "When?", ("1912",)),
         ("E", "", ()),
-        ("F", "", ()),
+        ("F", "How?", ("so",)),
+        ("G", "Which number? It is", ("12", "34")),
+        ("H", "", ()),
     ]
-    assert [d.name for d in found] == ["bench"] * 5 + ["plain"]
+    assert [d.name for d in found] == ["bench"] * 7 + ["plain"]
+    assert found[6].text == "G text. G again."
 
 
 def test_excerpts_take_every_text_in_turn():
     got = texts.excerpts(WORDS, ["a b c d", "e f", "g h i"], 2, 4)
     assert got == [["a", "b"], ["e", "f"], ["g", "h"], ["c", "d"]]
+    seeds = [texts.excerpts(WORDS, ["a b c d e f", "g h"], 2, 1, seed)[0][0] for seed in range(5)]
+    assert seeds == ["a", "g", "c", "e", "a"], "others with another seed, until there are no more"
     with pytest.raises(ValueError, match="got 4; try --texts 4"):
         texts.excerpts(WORDS, ["a b c d", "e f", "g h i"], 2, 5)
