@@ -105,7 +105,7 @@ def _instead(cache: AskCache, policy: str) -> AskCache:
 
     if find(policy).scorer is None:
         return AskCache(policy=policy)  # type: ignore[arg-type]
-    return with_effect(replace(cache, policy=policy, policy_option=None))
+    return with_effect(replace(cache, policy=policy, policy_option=None, threshold=""))
 
 
 def _questions(given: list[str] | None) -> list[str]:

@@ -97,6 +97,16 @@ PolicyOption = Annotated[
         help="A hyper-parameter of the policy, as `policies` lists them; may be given several times.",
     ),
 ]
+Threshold = Annotated[
+    str,
+    option(
+        "--threshold",
+        panel=CACHE,
+        metavar="X|SHARE",
+        help="For spkv, kvzap, fastkvzip and dms: tokens whose gate says less are dropped when they leave the window. A "
+        "number, or the share that is to stay as the card of --gates knows it: 1/4.",
+    ),
+]
 Positions = Annotated[
     str,
     option(
@@ -174,6 +184,7 @@ class CacheOptions:
     sinks: Sinks = 4
     window: Window = None
     policy_option: PolicyOption = None
+    threshold: Threshold = ""
     positions: Positions = "auto"
     store: Store = "kv"
     kv_bits: KVBits = None
@@ -186,9 +197,10 @@ class CacheOptions:
     kv_fine_bits: KVFineBits = None
 
 
+THRESHOLD = "threshold"  # a hyper-parameter that has an option of its own
 Options = TypeVar("Options", bound=CacheOptions)
 BIT_FIELDS = ("kv_bits", "kv_key_bits", "kv_value_bits")
-NOT_FIELDS = ("sinks", "policy_option")  # of ``CacheSettings``: these have another name or form there
+NOT_FIELDS = ("sinks", "policy_option", "threshold")  # of ``CacheSettings``: these have another name or form there
 
 
 def settings_of(options: CacheOptions, seed: int = 0, **more: Any) -> CacheSettings:
@@ -245,7 +257,8 @@ def side_by_side(options: Options, policies: list[str]) -> list[Options]:
     each = []
     for name in policies:
         own = [text for text in given if _name_of(text) in find(name).hyperparameters]
-        each.append(replace(options, policy=name, policy_option=own))
+        least = options.threshold if _drops(name) or not any(map(_drops, policies)) else ""
+        each.append(replace(options, policy=name, policy_option=own, threshold=least))
     fitting = [with_effect(one) for one in each]
     pairs = list(zip(each, fitting, strict=True))
     refused = [f.name for f in fields(CacheOptions) if all(getattr(a, f.name) != getattr(b, f.name) for a, b in pairs)]
@@ -262,7 +275,41 @@ def _unchecked(options: CacheOptions, seed: int = 0, **more: Any) -> CacheSettin
 
     named = {f.name: getattr(options, f.name) for f in fields(CacheOptions) if f.name not in NOT_FIELDS}
     chosen = policy_options(options.policy, options.policy_option or [])
+    if options.threshold:
+        chosen |= {THRESHOLD: _threshold(options, chosen)}
     return settings_from(**named, n_sink=options.sinks, seed=seed, options=chosen, **more)
+
+
+def _threshold(options: CacheOptions, chosen: dict[str, Any]) -> float:
+    """A threshold that was given as a number, or as the share that a gate file's card says it keeps."""
+    from mlx_kvprune.gates import files
+    from mlx_kvprune.policy import POLICIES, find
+
+    policy, text = find(options.policy), options.threshold.strip()
+    if not _drops(policy.name):
+        able = " or ".join(filter(_drops, POLICIES))
+        raise ValueError(f"[threshold] {policy.name} has none; got {text!r}; try it with --policy {able}")
+    if THRESHOLD in chosen:
+        raise ValueError(f"[threshold] given twice; got {text!r} and a --policy-option; try one of them")
+    if "/" not in text:
+        try:
+            return float(text)
+        except ValueError:
+            raise ValueError(f"[threshold] neither a number nor a share; got {text!r}; try 0.5, or 1/4") from None
+    if not options.gates:
+        raise ValueError(f"[threshold] a share is looked up in a gate file; got {text!r} without --gates; try a number")
+    known = files.read_card(files.located(options.gates, policy.gates)).thresholds
+    if text not in known:
+        shares = ", ".join(known) or "none"
+        raise ValueError(f"[threshold] not a share that {options.gates} knows; got {text!r}; try one of: {shares}")
+    return known[text]
+
+
+def _drops(policy: str) -> bool:
+    """Whether a policy drops what its gates find worth less than a threshold."""
+    from mlx_kvprune.policy import find
+
+    return bool(find(policy).gates) and THRESHOLD in find(policy).hyperparameters
 
 
 def without_effect(settings: CacheSettings) -> Iterator[tuple[str, Any, str]]:

@@ -115,17 +115,21 @@ class SPKV(WriteGate):
 
     Attributes:
         threshold: the least chance that is kept, 0 to 1: smaller holds more; null drops nothing, only the budget decides.
+        bias: added to the gate's number before the sigmoid: above 0 holds more of every text.
     """
 
     threshold: float | None = 0.5
+    bias: float = 0.0
 
     def check(self) -> None:
         super().check()
         good = self.threshold is None or 0 <= self.threshold < 1
         require("threshold", self.threshold, good, "0.5")
+        number = isinstance(self.bias, int | float) and not isinstance(self.bias, bool)
+        require("bias", self.bias, number and math.isfinite(self.bias), "0.0")
 
     def gated(self, raw: mx.array) -> mx.array:
-        return mx.sigmoid(raw.astype(mx.float32))
+        return mx.sigmoid(raw.astype(mx.float32) + self.bias)
 
 
 @dataclass(frozen=True)

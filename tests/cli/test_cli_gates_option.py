@@ -9,7 +9,7 @@ from tiny_gates import random_gates
 
 import mlx_kvprune as kvp
 from mlx_kvprune.cli import main as cli
-from mlx_kvprune.cli.cache_options import CacheOptions, policy_options, settings_of
+from mlx_kvprune.cli.cache_options import CacheOptions, policy_options, settings_of, side_by_side
 from mlx_kvprune.gates import files
 from mlx_kvprune.gates.files import Card
 from mlx_kvprune.policy import POLICIES
@@ -41,6 +41,18 @@ def test_policies_say_how_they_share_and_who_needs_gates(capsys):
         ("--policy spkv --policy-option threshold=high", "threshold must be a number; got 'high'; try threshold=0.5"),
         ("--policy spkv --policy-option threshold=2", "threshold makes no sense; got 2.0; try 0.5"),
         ("--policy kvzap --policy-option threshold=[1]", "threshold makes no sense; got [1]; try null"),
+        (
+            "--threshold 0.5",
+            "[threshold] window has none; got '0.5'; try it with --policy spkv or kvzap or fastkvzip or dms",
+        ),
+        ("--policy spkv --threshold much", "[threshold] neither a number nor a share; got 'much'; try 0.5, or 1/4"),
+        ("--policy spkv --threshold 1/4", "[threshold] a share is looked up in a gate file; got '1/4' without --gates"),
+        (
+            "--policy spkv --threshold 1 --policy-option threshold=1",
+            "[threshold] given twice; got '1' and a --policy-op",
+        ),
+        ("--policy spkv --threshold 2", "threshold makes no sense; got 2.0; try 0.5"),
+        ("--policy spkv --policy-option bias=nan", "bias makes no sense; got nan; try 0.0"),
         ("--policy full --allocator global", "[allocator] would have no effect; got global; try another policy"),
         ("--allocator equal", "[allocator] not known; got 'equal'; try one of: uniform"),
     ],
@@ -60,6 +72,18 @@ def test_no_threshold_is_spelled_null():
         policy_options("snapkv", ["kernel=null"])
     settings = settings_of(CacheOptions("spkv", "600", "uniform", policy_option=["threshold=null"]))
     assert settings.options == (("threshold", None),)
+
+
+def test_a_threshold_is_a_number_or_what_the_card_knows(tiny, tmp_path):
+    assert settings_of(CacheOptions("dms", threshold="-0.25")).options == (("threshold", -0.25),)
+    model = kvp.load(str(tiny))[0]
+    gates = random_gates("mlp", [2] * len(model.layers), width=model.args.hidden_size)
+    path = str(files.save(tmp_path / "gates", gates, model, Card("kvzap", thresholds={"1/4": -6.5, "1/8": -5.0})))
+    assert settings_of(CacheOptions("kvzap", gates=path, threshold="1/8")).options == (("threshold", -5.0),)
+    with pytest.raises(ValueError, match=r"\[threshold\] not a share that .* knows; got '1/3'; try one of: 1/4, 1/8"):
+        settings_of(CacheOptions("kvzap", gates=path, threshold="1/3"))
+    options = side_by_side(CacheOptions(gates=path, threshold="1/8"), ["kvzap", "tova"])
+    assert [one.threshold for one in options] == ["1/8", ""]
 
 
 def test_the_policy_shares_its_own_way_unless_told():
