@@ -36,6 +36,10 @@ def _option(*flags: str, metavar: str | None = None, help: str, **more: Any) -> 
     return typer.Option(*flags, metavar=metavar, help=help, rich_help_panel="Evaluation", **more)
 
 
+WIDE, ROOMY = (
+    400,
+    200,
+)  # columns of a table that is written to a file; from which a terminal has room for all that is known
 UNDRAWN = ("regret", "generation", "density")  # tasks without a line against bytes
 
 
@@ -304,13 +308,17 @@ def run_tasks(tasks: Sequence[Task], job: Job, out: Path | None = None) -> tuple
 
 
 def show(rows: Sequence[Row], markdown: bool, to_stderr: bool) -> None:
-    """Print one table per task."""
+    """Print one table per task; on a narrow terminal without the columns by distance, which Markdown and JSON have."""
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     from mlx_kvprune.evals import tables
 
+    console = Console(stderr=to_stderr)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console = Console(stderr=to_stderr, width=WIDE)  # a file has room for all columns
+    roomy = console.width >= ROOMY
     for task in dict.fromkeys(row["task"] for row in rows):
         mine = [row for row in rows if row["task"] == task]
         header, cells = tables.table(task, mine)
@@ -318,12 +326,13 @@ def show(rows: Sequence[Row], markdown: bool, to_stderr: bool) -> None:
             text = tables.as_markdown(tables.title(task, mine), header, cells)
             print(text, file=sys.stderr if to_stderr else sys.stdout)
             continue
+        shown = [i for i, name in enumerate(header) if roomy or not tables.BY_DISTANCE.fullmatch(name)]
         drawn = Table(title=tables.title(task, mine), title_justify="left", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for i, name in enumerate(header):
-            drawn.add_column(name, no_wrap=i < 2, justify="left" if i < 2 else "right")
+        for i in shown:
+            drawn.add_column(header[i], no_wrap=i < 2, justify="left" if i < 2 else "right")
         for line in cells:
-            drawn.add_row(*line)
-        Console(stderr=to_stderr).print(drawn)
+            drawn.add_row(*(line[i] for i in shown))
+        console.print(drawn)
 
 
 @contextmanager

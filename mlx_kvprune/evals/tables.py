@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
 Row = dict[str, Any]
 Cells = dict[str, str]
+BY_DISTANCE = re.compile(r"KL \d+-\d+")  # headers
 NAMED = ("policy", "allocator", "budget", "share", "kv_bits", "seed", "gates", "gate_id", "local_layers")
 CAPACITY, DILUTION = "capacity", "dilution"
 TITLES = {CAPACITY: "capacity-bound: many things held at once", DILUTION: "dilution-bound: one thing among much else"}

@@ -143,6 +143,15 @@ def test_a_drawn_table(run):
     assert "window" in done.stdout
 
 
+def test_a_file_has_all_columns_and_a_narrow_terminal_those_that_fit(run, monkeypatch):
+    args = ("--tasks", "fidelity", "--policies", "", "--budgets", "104")
+    wide = run(*args).stdout
+    assert "KL 0-256" in wide and "…" not in wide
+    monkeypatch.setenv("COLUMNS", "110")
+    narrow = run(*args).stdout
+    assert "KL 0-256" not in narrow and "KL over" in narrow and "…" not in narrow
+
+
 @pytest.mark.parametrize(
     ("args", "problem"),
     [
