@@ -149,12 +149,18 @@ def _section(table: Table, picture: Path | None) -> str:
     header, cells = tables.table(table.task, rows)
     setup = table.setup
     about = f"{setup['tokens']:,} tokens, data {setup['data']}, seed {setup['seed']}, type {setup['dtype']}"
+    about += "".join(f", gates of `{policy}` {which}" for policy, which in _gates(table))
     text = [f"### {tables.title(table.task, rows)}", "", *_origins(table), f"{about}.", ""]
     budgets = {row["share"] for row in rows if row.get("share")}
     if picture is not None and table.task == "fidelity" and len(budgets) >= DRAWN_FROM:
         draw(panels(rows), picture)
         text += [f"![KL against bytes]({picture.resolve().parent.name}/{picture.name})", ""]
     return "\n".join([*text, tables.drawn(header, cells)])
+
+
+def _gates(table: Table) -> list[tuple[str, str]]:
+    """Who asked gates, and what tells these from others."""
+    return sorted({(unit["policy"], unit["gate_id"]) for unit in table.units if unit.get("gate_id")})
 
 
 def _origins(table: Table) -> Iterator[str]:

@@ -118,6 +118,9 @@ def test_beside_gates_the_best_without_training_is_named(tmp_path):
     rows = [prediction("full", 0.0), prediction("window", 0.2), prediction("tova", 0.1), prediction("knorm", 0.15)]
     assert "without training" not in page(tmp_path, *rows)
     text = page(tmp_path, *rows, prediction("retention", 0.05, allocator="global"))
+    assert ", gates of" not in text
+    asked = prediction("retention", 0.05, allocator="global", gate_id="5ab1e")
+    assert "seed 0, type float32, gates of `retention` 5ab1e." in page(tmp_path, *rows, asked)
     assert re.search(
         r"predictions: `retention, global`, KL 0.050 .*; without training `tova` 0.100 \[.*; `window` 0.200", text
     )
