@@ -285,7 +285,8 @@ def about(model: ModelOptions, documents: Sequence[Any]) -> dict[str, Any]:
     """What names the model and the data in stored rows."""
     import hashlib
 
-    texts = hashlib.sha256("\0".join(document.text for document in documents).encode()).hexdigest()[:12]
+    asked = [part for x in documents if x.question for part in (x.question, *x.answers)]
+    texts = hashlib.sha256("\0".join([*(x.text for x in documents), *asked]).encode()).hexdigest()[:12]
     names = ",".join(dict.fromkeys(document.name for document in documents))
     return {"model": model.model, "dtype": model.dtype or "default", "data": f"{names} {texts}"}
 

@@ -29,6 +29,7 @@ from mlx_kvprune.evals.store import Unit, by_condition, named
 GROUP = 6  # conditions that are read together: what is lost if a run is killed
 MEASURES = ("kl", "nll_change", "agreement")
 BLOCK = 32  # tokens that are resampled together
+FEWEST_BLOCKS = 8  # of which a difference is told
 FIRST_BIN = 256
 
 
@@ -86,21 +87,24 @@ def rows(units: Sequence[Unit]) -> list[dict[str, Any]]:
     either.
     """
     groups = list(by_condition(units))
-    windows = {_rivals(some[0]): some for some in groups if some[0]["policy"] == "window"}
+    controls = [some for some in groups if (some[0]["policy"], some[0]["allocator"]) == ("window", "uniform")]
     return [
         {
             "task": "fidelity",
             **named(some[0]),
             **_pooled([unit["result"] for unit in some]),
-            **_over(some, windows.get(_rivals(some[0]), [])),
+            **_over(some, _control(some[0], controls)),
         }
         for some in groups
     ]
 
 
-def _rivals(unit: Unit) -> tuple[Any, ...]:
-    """What a condition and its control have in common."""
-    return unit.get("share") or unit["budget"], unit.get("kv_bits")
+def _control(unit: Unit, controls: Sequence[Sequence[Unit]]) -> Sequence[Unit]:
+    """``window`` at the condition's budget, precision and seed; where budgets were levelled, the only one there is."""
+    same = lambda x: (x.get("kv_bits"), x["seed"]) == (unit.get("kv_bits"), unit["seed"])
+    alike = [some for some in controls if same(some[0])]
+    budget = lambda x: x.get("share") or x["budget"]
+    return next((some for some in alike if budget(some[0]) == budget(unit)), alike[0] if len(alike) == 1 else [])
 
 
 def _over(mine: Sequence[Unit], windows: Sequence[Unit]) -> dict[str, float]:
@@ -111,8 +115,17 @@ def _over(mine: Sequence[Unit], windows: Sequence[Unit]) -> dict[str, float]:
     if not both or mine[0]["policy"] in ("full", "window"):
         return {}
     x = np.concatenate([np.array(a) - np.array(b) for a, b in both])
-    low, high = bootstrap_interval(x, block=1)
-    return {"over_window": _mean(x), "over_window_low": low, "over_window_high": high}
+    if len(x) < FEWEST_BLOCKS:
+        return {}
+    means = bootstrap_means(x, block=1)
+    low, high = (float(end) for end in np.quantile(means, [0.025, 0.975]))
+    chance = 2 * min(float((means >= 0).mean()), float((means <= 0).mean()))
+    return {
+        "over_window": _mean(x),
+        "over_window_low": low,
+        "over_window_high": high,
+        "over_window_p": min(1.0, chance),
+    }
 
 
 def _pooled(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -240,13 +253,18 @@ def bootstrap_interval(
     ``ceil(n / block)`` blocks of consecutive values (the series closed to a ring) are drawn with replacement, ``draws``
     times; the interval lies between the quantiles of their means. Politis and Romano 1992.
     """
+    low, high = np.quantile(bootstrap_means(x, block=block, draws=draws, seed=seed), [(1 - level) / 2, (1 + level) / 2])
+    return float(low), float(high)
+
+
+def bootstrap_means(x: np.ndarray, *, block: int = BLOCK, draws: int = 2000, seed: int = 0) -> np.ndarray:
+    """The means of ``draws`` resampled series, as ``bootstrap_interval`` draws them."""
     n = len(x)
     block = max(1, min(block, n // 2))
     ring = np.concatenate([[0.0], np.cumsum(np.concatenate([x, x[: block - 1]]))])
     block_means = (ring[block:] - ring[:-block]) / block  # (n,): one block starts at every value
     picked = np.random.default_rng(seed).integers(n, size=(draws, math.ceil(n / block)))
-    low, high = np.quantile(block_means[picked].mean(axis=1), [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
+    return block_means[picked].mean(axis=1)
 
 
 def _mean(x: np.ndarray) -> float:

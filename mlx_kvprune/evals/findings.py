@@ -34,24 +34,25 @@ def findings(rows: Sequence[Row]) -> list[str]:
 
 
 def _predictions(share: str, rows: Sequence[Row]) -> Iterator[str]:
-    """Of each length of text, each data and each precision: the least KL, and whether it is told apart from ``window``."""
+    """Of each length of text, data, precision and seed: the least KL beside ``window``'s on the same tokens, or the least."""
     rows = [row for row in rows if row["task"] == "fidelity"]
-    kind = lambda row: (row["tokens"], row.get("data", ""), row.get("kv_bits") or 0)
-    for tokens, data, bits in sorted({kind(row) for row in rows}):
-        mine = [row for row in rows if kind(row) == (tokens, data, bits)]
+    kind = lambda row: (row["tokens"], row.get("data", ""), row.get("kv_bits") or 0, row.get("seed", 0))
+    for tokens, data, bits, seed in sorted({kind(row) for row in rows}):
+        mine = [row for row in rows if kind(row) == (tokens, data, bits, seed)]
         named = [row for row in mine if row["policy"] not in CONTROLS]
         if not named:
             continue
-        best = min(named, key=lambda row: row["kl"])
+        measure = "over_window" if all("over_window" in row for row in named) else "kl"
+        best = min(named, key=lambda row: row[measure])
         read = f"{best['texts']} text{'s' if best['texts'] > 1 else ''}"
         text = f"**{share}** of {tokens:,} tokens ({f'{data}, ' if data else ''}{read}), predictions: `{label(best, mine)}`, "
         text += f"KL {interval(best, 'kl', '.3f')} nats from full, NLL {interval(best, 'nll_change', '+.3f')}"
         untrained = [row for row in named if not find(row["policy"]).gates]
         if untrained and best not in untrained:
-            second = min(untrained, key=lambda row: row["kl"])
+            second = min(untrained, key=lambda row: row[measure])
             text += f"; without training `{label(second, mine)}` {interval(second, 'kl', '.3f')}"
         window = _window(mine, best)
-        yield text + (f"; {_against(best, window)}" if window else "")
+        yield text + (f"; {_against(best, window, len(named))}" if window else "")
 
 
 def _window(rows: Sequence[Row], best: Row) -> Row | None:
@@ -60,20 +61,19 @@ def _window(rows: Sequence[Row], best: Row) -> Row | None:
     return next((row for row in controls if row.get("table") == best.get("table")), next(iter(controls), None))
 
 
-def _against(best: Row, window: Row) -> str:
-    """The control beside it; by the difference on the same tokens, where one table has both."""
+def _against(best: Row, window: Row, of: int) -> str:
+    """The control beside it; by the difference on the same tokens, where one table has both.
+
+    The best ``of`` so many is told apart if chance would find such a one in fewer than 5% of the cases (Bonferroni).
+    """
     said = f"`{label(window)}` {interval(window, 'kl', '.3f')}"
     if "over_window" not in best:
         apart = "intervals apart" if best["kl_high"] < window["kl_low"] else "intervals overlap"
         return f"{'' if best['kl'] < window['kl'] else '**no better than** '}{said} ({apart})"
-    better = (
-        ""
-        if best["over_window_high"] < 0
-        else "**not told apart from** "
-        if best["over_window"] < 0
-        else "**no better than** "
-    )
-    return f"{better}{said} (on the same tokens {interval(best, 'over_window', '+.3f')})"
+    apart = of * best["over_window_p"] < 0.05
+    better = "**no better than** " if best["over_window"] >= 0 else "" if apart else "**not told apart from** "
+    among = f"; the best of {of}" if of > 1 else ""
+    return f"{better}{said} (on the same tokens {interval(best, 'over_window', '+.3f')}{among})"
 
 
 def _answers(share: str, rows: Sequence[Row]) -> Iterator[str]:
@@ -134,12 +134,15 @@ def over_seeds(rows: Sequence[tuple[int, Row]]) -> list[str]:
     for seed, row in rows:
         name = next((name for name in ("kl", "score", "regret") if name in row), None)
         if name and row["policy"] != "full":
-            same = tuple(row.get(name) for name in ("wording", "data", "length", "gates", "gate_id", "local_layers"))
+            same = tuple(
+                row.get(name) for name in ("wording", "data", "length", "dtype", "gates", "gate_id", "local_layers")
+            )
             place = (row["task"], label(row), row.get("share") or row["budget"], name, *same)
             found.setdefault(place, {})[seed] = row[name]
     return [
-        f"{task}{f' ({wording})' if wording else ''}, `{who}` {budget}: {name} {fixed(float(np.mean(x)), '.3f')} "
+        f"{task}{f' ({wording})' if wording else ''}{f', {data}' if data else ''}{f', {length:,} tokens' if length else ''}, "
+        f"`{who}` {budget}: {name} {fixed(float(np.mean(x)), '.3f')} "
         f"+- {fixed(float(np.std(x, ddof=1)), '.3f')} over {len(x)} seeds"
-        for (task, who, budget, name, wording, *_), by_seed in found.items()
+        for (task, who, budget, name, wording, data, length, *_), by_seed in found.items()
         if len(x := list(by_seed.values())) > 1
     ]

@@ -19,6 +19,7 @@ from mlx_kvprune.evals.store import Unit, by_condition, named
 from mlx_kvprune.evals.texts import excerpts
 
 LONGEST_PERIOD, REPEATS = 32, 3
+UNNAMED = 96  # tokens of an answer, where stored results do not say how many
 QUESTION = "Tell in a few sentences what happens in this text."
 
 
@@ -95,6 +96,11 @@ def _row(units: Sequence[Unit], full: dict[int, dict[str, Any]]) -> dict[str, An
     }
 
 
+def _own(job: Job) -> dict[str, int]:
+    longer = {"answer_tokens": job.answer_tokens} if job.answer_tokens != UNNAMED else {}
+    return longer | ({"of": job.texts} if job.seed else {})
+
+
 TASK = Task(
     "generation",
     "length, loops and the first other token of a greedy answer",
@@ -103,5 +109,5 @@ TASK = Task(
     work,
     rows,
     question=False,
-    own=lambda job: {"answer_tokens": job.answer_tokens},
+    own=_own,
 )

@@ -1,7 +1,8 @@
 """The questions that the data themselves ask (``--data`` with a benchmark's JSONL), judged by forcing the answers.
 
 An answer is right if one of the possible ones is what the model would have said; its log-probability is the best
-one's. Texts that are too long are cut in the middle, as LongBench does (Bai et al. 2023, arXiv 2308.14508).
+one's. RULER's ``outputs`` are all wanted: there the worst one counts. Texts that are too long are cut in the middle, as
+LongBench does (Bai et al. 2023, arXiv 2308.14508).
 """
 
 from __future__ import annotations
@@ -49,7 +50,8 @@ def measure(job: Job, document: Document, conditions: Sequence[Condition], tick:
     for condition in conditions:
         found = outcomes(job.model, job.tokenizer, text, asks, condition)
         tick(work(job, document, [condition]))
-        yield condition, {"outcomes": [max(found, key=lambda x: (x["exact"], x["logprob"]))]}
+        decides = min if document.every else max
+        yield condition, {"outcomes": [decides(found, key=lambda x: (x["exact"], x["logprob"]))]}
 
 
 def work(job: Job, document: Document, conditions: Sequence[Condition]) -> int:

@@ -28,6 +28,11 @@ def _excerpts(job: Job) -> list[list[int]]:
     return texts.excerpts(job.tokenizer, job.plain, job.tokens, job.texts, job.seed)
 
 
+def _which(job: Job) -> dict[str, int]:
+    """Which excerpts another seed reads is a matter of how many there are."""
+    return {"of": job.texts} if job.seed else {}
+
+
 def _tokens(job: Job) -> int:
     return job.tokens
 
@@ -41,6 +46,7 @@ FIDELITY = Task(
     fidelity.rows,
     length=_tokens,
     question=False,
+    own=_which,
 )
 REGRET = Task(
     "regret",
@@ -52,6 +58,7 @@ REGRET = Task(
     length=_tokens,
     question=False,
     check=lambda job: regret.recording(job.model),
+    own=_which,
 )
 NEEDLES = Task(
     "needles",

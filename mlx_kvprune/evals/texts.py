@@ -21,12 +21,13 @@ CHARS_PER_TOKEN = 8  # more than natural text has: how much is cut off before it
 
 @dataclass(frozen=True)
 class Document:
-    """A text, its name, and a question about it with its possible answers if the data have one."""
+    """A text, its name, and a question about it with its possible answers if the data have one; ``every``: all are wanted."""
 
     text: str
     name: str = ""
     question: str = ""
     answers: tuple[str, ...] = ()
+    every: bool = False
 
 
 def documents(path: str | Path | None = None) -> list[str]:
@@ -99,10 +100,17 @@ def _document(path: Path, number: int, line: str) -> Document:
     questions = [name for name in QUESTION_FIELDS if name != where and isinstance(fields.get(name), str)]
     asked = next((fields[name] for name in questions), "")
     given = next((fields[name] for name in ANSWER_FIELDS if fields.get(name)), ())
-    text = fields[where]
-    if where == "input" and given and not asked:
-        text, _, asked = text.rstrip().rpartition("\n")
-    return Document(text or fields[where], Path(path.name.removesuffix(".gz")).stem, asked, _answers(given))
+    text, ruler = fields[where], "outputs" in fields
+    if where == "input" and ruler and not asked:
+        text, asked = _last_line(text)
+    return Document(text, Path(path.name.removesuffix(".gz")).stem, asked, _answers(given), every=ruler)
+
+
+def _last_line(text: str) -> tuple[str, str]:
+    """What stands before the question, and the question: the last line, with the one before if it only opens the answer."""
+    lines = [line for line in text.split("\n") if line.strip()]
+    count = 2 if len(lines) > 2 and len(lines[-1].split()) < 4 and lines[-1].rstrip().endswith(":") else 1
+    return ("\n".join(lines[:-count]), " ".join(lines[-count:])) if len(lines) > count else (text, "")
 
 
 def _answers(given: Any) -> tuple[str, ...]:

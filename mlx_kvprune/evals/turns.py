@@ -142,4 +142,5 @@ TASK = Task(
     length=length,
     question=False,
     bound="capacity",
+    own=lambda job: {"never_told": "all turns but that one"},
 )

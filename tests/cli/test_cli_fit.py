@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import mlx.core as mx
 import mlx_lm
@@ -121,6 +122,8 @@ def test_going_on_gives_the_same_gates(tiny, book, tmp_path):
         assert all(mx.array_equal(ours[name], theirs[name]) for name in theirs)
         assert again.progress.curve == straight.progress.curve and again.progress.checks == straight.progress.checks
         assert not checkpoint.place(out).exists()
+    spelled = replace(plan, patience=6, fresh=3)
+    assert spelled.identity() == plan.identity(), "a default that is spelled out is the same training"
     kvp.detach(model)
 
 

@@ -10,6 +10,7 @@ from tiny_models import tiny_model
 
 from mlx_kvprune import detach
 from mlx_kvprune.evals import job as jobs
+from mlx_kvprune.evals.conditions import FULL
 from mlx_kvprune.evals.job import Grid, Job
 from mlx_kvprune.evals.store import Store, key
 from mlx_kvprune.evals.tasks import TASKS, named
@@ -117,7 +118,14 @@ def test_seeds_and_settings_stand_in_each_row(model, tmp_path):
     assert run == {"run": {"command": "x"}}
     for unit in units:
         assert unit["seed"] == (0 if unit["policy"] == "full" else 3)  # the full cache draws nothing
-        assert unit["setup"] == {"model": "tiny", "tokens": 400, "seed": 3}
+        assert unit["setup"] == {"model": "tiny", "tokens": 400, "seed": 3, "of": 1}
+
+
+def test_excerpts_of_another_seed_are_known_by_how_many_there_are(model):
+    """Their first is another one if there are two; seed 0 begins at the beginning, however many there are."""
+    first = lambda seed, texts: key(TASKS["fidelity"].unit(job_of(model, seed=seed, texts=texts), 0, texts, FULL))
+    assert first(0, 1) == first(0, 2)
+    assert first(1, 1) != first(1, 2)
 
 
 def test_a_file_of_something_else_is_refused(tmp_path):

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from mlx_kvprune.evals import findings, frontier, results, tables
+from mlx_kvprune.evals import fidelity, findings, frontier, results, tables
 from mlx_kvprune.evals.conditions import SIZES
 from mlx_kvprune.report import frontier as pictures
 
@@ -69,12 +69,39 @@ def test_what_is_known_block_by_block_decides(tmp_path):
     window = told("window", 0.5, 0.0)
     text = page(tmp_path, window, told("tova", 0.46, 0.03, 0.05))
     assert "`window` 0.500 [0.300, 0.700] (on the same tokens -0.040 [-0.0" in text
+    several = [told("snapkv", 0.5, 0.0), told("keydiff", 0.49, 0.05, 0.05, 0.05, -0.09)]
+    assert "the best of 3)" in page(tmp_path, window, told("tova", 0.46, 0.03, 0.05), *several)
+    some = told("keydiff", 0.49, 0.05, 0.05, -0.05, 0.05, -0.05)
+    (row,) = (row for row in fidelity.rows([window, some]) if row["policy"] == "keydiff")
+    assert 0.01 < row["over_window_p"] < 0.5 and row["over_window"] < 0
+    assert findings._against({**row, "over_window_p": 0.02}, window["result"] | window, 2).startswith("`window`")
+    assert findings._against({**row, "over_window_p": 0.02}, window["result"] | window, 3).startswith(
+        "**not told apart"
+    )
     text = page(tmp_path, window, told("knorm", 0.49, 0.4, -0.38))
     assert "**not told apart from** `window` 0.500" in text
     header, line = (next(x for x in text.splitlines() if x.startswith(f"| {name} |")) for name in ("policy", "knorm"))
     assert dict(zip(header.split(" | "), line.split(" | "), strict=True))["KL over window's"].startswith("-0.010 [")
     other = told("tova", 0.46, 0.03, 0.05, item=1, setup=SETUP)
     assert "(on the same tokens" not in page(tmp_path, window, other), "another text"
+    uneven = {**told("window", 0.4, 0.3), "allocator": "global", "budget": "24"}
+    levelled = {**told("tova", 0.46, 0.04), "budget": "23"}
+    for some in (
+        [window, uneven, levelled],
+        [{k: v for k, v in x.items() if k != "share"} for x in (window, levelled)],
+    ):
+        (row,) = (row for row in fidelity.rows(some) if row["policy"] == "tova")
+        assert row["over_window"] == pytest.approx(-0.04), "its control is uniform, also where its budget was levelled"
+    few = [{**x, "result": {**x["result"], "blocks": {"kl": [0.1] * 7}}} for x in (window, levelled)]
+    assert not any("over_window" in row for row in fidelity.rows(few)), "too short to say"
+
+
+def test_the_best_is_looked_for_among_what_read_the_same_texts(tmp_path):
+    seeded = lambda policy, kl, seed: prediction(policy, kl, seed=seed, setup={**SETUP, "seed": seed})
+    text = page(
+        tmp_path, seeded("window", 0.4, 0), seeded("tova", 0.2, 0), seeded("window", 0.16, 1), seeded("knorm", 0.15, 1)
+    )
+    assert "`tova`, KL 0.200" in text and "`knorm`, KL 0.150" in text
 
 
 def test_gates_of_one_policy_are_told_apart():
@@ -159,7 +186,7 @@ def test_kinds_of_bounds_are_apart(tmp_path):
 def test_spread_over_seeds(tmp_path):
     seeded = lambda seed, kl: prediction("tova", kl, seed=seed, setup={**SETUP, "seed": seed})
     text = page(tmp_path, seeded(0, 0.1), seeded(1, 0.3))
-    assert "fidelity, `tova` 1/4: kl 0.200 +- 0.141 over 2 seeds" in text
+    assert "fidelity, d, 100 tokens, `tova` 1/4: kl 0.200 +- 0.141 over 2 seeds" in text
     other = prediction("tova", 0.9, seed=2, setup={**SETUP, "seed": 2, "data": "another e"})
     assert "kl 0.200 +- 0.141 over 2 seeds" in page(tmp_path, seeded(0, 0.1), seeded(1, 0.3), other), "other data"
     longer = prediction("tova", 0.9, seed=2, setup={**SETUP, "seed": 2, "tokens": 200})

@@ -77,6 +77,8 @@ def test_benchmarks_are_read_as_they_are(tmp_path):
         {"text": "E text."},
         {"input": "F text.", "question": "How?", "target": "so"},  # BABILong
         {"index": 0, "input": "G text. G again.\nWhich number? It is\n", "outputs": ["12", "34"], "length": 9},  # RULER
+        {"input": "I text.\nI again.\nWhich one?\n\nAnswer:", "outputs": ["12"]},  # RULER with a template
+        {"instruction": "Sum up.", "input": "J text.\nJ again.", "output": "J."},
     ]
     path = tmp_path / "bench.jsonl.gz"
     path.write_bytes(gzip.compress("\n".join(map(json.dumps, lines)).encode()))
@@ -90,10 +92,13 @@ def test_benchmarks_are_read_as_they_are(tmp_path):
         ("E", "", ()),
         ("F", "How?", ("so",)),
         ("G", "Which number? It is", ("12", "34")),
+        ("I", "Which one? Answer:", ("12",)),
+        ("J", "", ("J.",)),
         ("H", "", ()),
     ]
-    assert [d.name for d in found] == ["bench"] * 7 + ["plain"]
-    assert found[6].text == "G text. G again."
+    assert [d.name for d in found] == ["bench"] * 9 + ["plain"]
+    assert found[6].text == "G text. G again." and found[8].text == "J text.\nJ again."
+    assert [d.every for d in found] == [False, False, True, False, False, False, True, True, False, False]
 
 
 def test_excerpts_take_every_text_in_turn():
