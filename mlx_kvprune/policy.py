@@ -42,6 +42,11 @@ class Policy:
         """The scorer's, by name, with their defaults; none where everything is kept."""
         return options_of(self.scorer) if self.scorer is not None else {}
 
+    @property
+    def drops(self) -> bool:
+        """Whether its gates have a threshold, below which a token is dropped whatever room there is."""
+        return bool(self.gates) and "threshold" in self.hyperparameters
+
     def completed(self, settings: CacheSettings) -> CacheSettings:
         """The settings with what the user left open filled in; but for the block of a budget in bytes, which is a matter of
         how many slots they are (``attach.with_block``)."""

@@ -257,7 +257,7 @@ def side_by_side(options: Options, policies: list[str]) -> list[Options]:
     each = []
     for name in policies:
         own = [text for text in given if _name_of(text) in find(name).hyperparameters]
-        least = options.threshold if _drops(name) or not any(map(_drops, policies)) else ""
+        least = options.threshold if find(name).drops or not any(find(x).drops for x in policies) else ""
         each.append(replace(options, policy=name, policy_option=own, threshold=least))
     fitting = [with_effect(one) for one in each]
     pairs = list(zip(each, fitting, strict=True))
@@ -281,35 +281,17 @@ def _unchecked(options: CacheOptions, seed: int = 0, **more: Any) -> CacheSettin
 
 
 def _threshold(options: CacheOptions, chosen: dict[str, Any]) -> float:
-    """A threshold that was given as a number, or as the share that a gate file's card says it keeps."""
-    from mlx_kvprune.gates import files
+    """The threshold that was asked for."""
+    from mlx_kvprune.gates.files import threshold_of
     from mlx_kvprune.policy import POLICIES, find
 
     policy, text = find(options.policy), options.threshold.strip()
-    if not _drops(policy.name):
-        able = " or ".join(filter(_drops, POLICIES))
+    if not policy.drops:
+        able = " or ".join(p.name for p in POLICIES.values() if p.drops)
         raise ValueError(f"[threshold] {policy.name} has none; got {text!r}; try it with --policy {able}")
     if THRESHOLD in chosen:
         raise ValueError(f"[threshold] given twice; got {text!r} and a --policy-option; try one of them")
-    if "/" not in text:
-        try:
-            return float(text)
-        except ValueError:
-            raise ValueError(f"[threshold] neither a number nor a share; got {text!r}; try 0.5, or 1/4") from None
-    if not options.gates:
-        raise ValueError(f"[threshold] a share is looked up in a gate file; got {text!r} without --gates; try a number")
-    known = files.read_card(files.located(options.gates, policy.gates)).thresholds
-    if text not in known:
-        shares = ", ".join(known) or "none"
-        raise ValueError(f"[threshold] not a share that {options.gates} knows; got {text!r}; try one of: {shares}")
-    return known[text]
-
-
-def _drops(policy: str) -> bool:
-    """Whether a policy drops what its gates find worth less than a threshold."""
-    from mlx_kvprune.policy import find
-
-    return bool(find(policy).gates) and THRESHOLD in find(policy).hyperparameters
+    return threshold_of(text, options.gates, policy.gates)
 
 
 def without_effect(settings: CacheSettings) -> Iterator[tuple[str, Any, str]]:

@@ -110,6 +110,15 @@ Data = Annotated[
         "times. Default: the document in examples/documents/.",
     ),
 ]
+Threshold = Annotated[
+    str,
+    _option(
+        "--threshold",
+        metavar="X|SHARE",
+        help="For spkv, kvzap, fastkvzip and dms: drop what the gate finds worth less. A number, or the share that is to stay "
+        "as the card of --gates knows it: 1/4. Sizes then depend on the text.",
+    ),
+]
 Tokens = Annotated[int | None, _option("--tokens", min=64, help=f"Length of the text. {_default('tokens')}")]
 Haystack = Annotated[
     int | None, _option("--haystack", min=64, help="Length of texts with questions. Default: half of --tokens.")
@@ -163,6 +172,7 @@ def eval_(
     equal: Equal = None,
     gates: Gates = "",
     local_layers: Local = "",
+    threshold: Threshold = "",
     tasks: Tasks = None,
     data: Data = None,
     tokens: Tokens = None,
@@ -188,7 +198,7 @@ def eval_(
 
     given = {"policies": policies, "budgets": budgets, "allocators": allocators, "kv_bits": kv_bits, "equal": equal}
     given |= {"tasks": tasks, "tokens": tokens, "haystack": haystack, "trials": trials, "texts": texts}
-    given |= {"answer_tokens": answer_tokens, "gates": gates, "local_layers": local_layers}
+    given |= {"answer_tokens": answer_tokens, "gates": gates, "local_layers": local_layers, "threshold": threshold}
     if quick and grid:
         raise ValueError(f"[grid] --quick is a grid of its own; got --grid {grid} as well; try one of them")
     wanted = chosen("quick" if quick else grid, **given)
@@ -275,7 +285,10 @@ def grid_of(wanted: dict[str, Any]) -> Grid:
     widths = tuple(None if x == "none" else int(x) for x in bits)
     policies, budgets = (tuple(split(wanted[name])) for name in ("policies", "budgets"))
     gates = tuple(split(wanted["gates"]))
-    found = Grid(policies, budgets, tuple(allocators), widths, wanted["equal"], gates, wanted["local_layers"])
+    least = wanted["threshold"].strip()
+    found = Grid(policies, budgets, tuple(allocators), widths, wanted["equal"], gates, wanted["local_layers"], least)
+    if least and not any(find(name).drops for name in expanded(policies)):
+        raise ValueError(f"[threshold] no policy that has one; got {','.join(policies)}; try --policies spkv")
     if found.gates and not any(find(name).gates for name in expanded(policies)):
         raise ValueError(f"[gates] no policy that asks some; got {','.join(policies)}; try --policies retention")
     return found

@@ -15,6 +15,7 @@ import numpy as np
 from mlx_kvprune.attach import gates_of, hooked, make_cache, settings_from
 from mlx_kvprune.documents import prefill
 from mlx_kvprune.forward import leaves
+from mlx_kvprune.gates.files import threshold_of
 from mlx_kvprune.policy import POLICIES, find, knows_question
 from mlx_kvprune.report import CacheReport, report
 from mlx_kvprune.settings import Budget
@@ -89,6 +90,7 @@ def grid(
     length: int | None = None,
     gates: Iterable[str] = (),
     local_layers: str = "",
+    threshold: str = "",
     **more: Any,
 ) -> list[Condition]:
     """``full`` once, then for every budget the controls and the ``policies``: all of them at equal slots.
@@ -103,6 +105,7 @@ def grid(
         length: of the text, in tokens.
         gates: where gates are, for the policies that ask some: one condition for each place.
         local_layers: for the policies, not for the controls.
+        threshold: of the policies that drop by one: a number, or a share that the card of ``gates`` knows.
         more: further fields of ``CacheSettings``, for all of them.
 
     Raises:
@@ -116,9 +119,14 @@ def grid(
     for_policies = {"local_layers": local_layers} if local_layers else {}
     places = [{"gates": place} for place in gates] or [{}]
 
-    def own(name: str) -> list[dict[str, str]]:
-        local = {} if name in CONTROLS else for_policies
-        return [{**local, **place} for place in (places if find(name).gates else [{}])]
+    def own(name: str) -> list[dict[str, Any]]:
+        local, policy = {} if name in CONTROLS else for_policies, find(name)
+        least = lambda place: (
+            {"threshold": threshold_of(threshold, place.get("gates", ""), policy.gates)}
+            if threshold and policy.drops
+            else {}
+        )
+        return [{**local, **place, **least(place)} for place in (places if policy.gates else [{}])]
 
     wanted = [
         Condition(name, budget, seed, _settings(name, allocator, width, {**more, **mine}), share)

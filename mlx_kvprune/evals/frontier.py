@@ -36,7 +36,7 @@ def label(row: Row, among: Sequence[Row] = ()) -> str:
     allocator = "" if row["allocator"] == "uniform" else f", {row['allocator']}"
     said = row["policy"] + allocator + (f", {row['kv_bits']} bits" if row.get("kv_bits") else "")
     rivals = [x for x in among if (x["policy"], x["allocator"]) == (row["policy"], row["allocator"])]
-    for name, what in (("gates", ""), ("local_layers", "local layers ")):
+    for name, what in (("gates", ""), ("local_layers", "local layers "), ("threshold", "threshold ")):
         if len({x.get(name) for x in rivals}) > 1 and row.get(name):
             said += f", {what}{row[name]}"
     return said

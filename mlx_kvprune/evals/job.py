@@ -28,6 +28,7 @@ class Grid:
         equal: ``bytes``: all hold what ``window`` holds at that budget; ``slots``; ``auto``: bytes for fractions.
         gates: where learned gates are, if not with the model; they are compared if there are several.
         local_layers: of the policies, not of the controls.
+        threshold: of the policies that drop by one.
         more: further settings of the caches.
     """
 
@@ -38,12 +39,13 @@ class Grid:
     equal: str = "auto"
     gates: tuple[str, ...] = ()
     local_layers: str = ""
+    threshold: str = ""
     more: tuple[tuple[str, Any], ...] = ()
 
     def conditions(self, length: int, seed: int) -> list[Condition]:
         """All of them, for texts of ``length`` tokens, at equal slots."""
         known: dict[str, Any] = {"allocators": self.allocators, "bits": self.bits, "length": length}
-        known |= {"gates": self.gates, "local_layers": self.local_layers}
+        known |= {"gates": self.gates, "local_layers": self.local_layers, "threshold": self.threshold}
         return grid(self.policies, self.budgets, seed, **known, **dict(self.more))
 
     def by_bytes(self, condition: Condition) -> bool:

@@ -12,6 +12,7 @@ DEFAULTS: dict[str, Any] = {
     "equal": "auto",
     "gates": "",  # those that come along
     "local_layers": "",
+    "threshold": "",
     "tasks": "fidelity,needles,regret",
     "tokens": 2048,
     "haystack": None,  # half of the tokens

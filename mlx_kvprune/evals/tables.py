@@ -10,7 +10,7 @@ from typing import Any
 Row = dict[str, Any]
 Cells = dict[str, str]
 BY_DISTANCE = re.compile(r"KL \d+-\d+")  # headers
-NAMED = ("policy", "allocator", "budget", "share", "kv_bits", "seed", "gates", "gate_id", "local_layers")
+NAMED = ("policy", "allocator", "budget", "share", "kv_bits", "seed", "gates", "gate_id", "local_layers", "threshold")
 CAPACITY, DILUTION = "capacity", "dilution"
 TITLES = {CAPACITY: "capacity-bound: many things held at once", DILUTION: "dilution-bound: one thing among much else"}
 
@@ -116,7 +116,7 @@ def condition(row: Row, rows: Sequence[Row]) -> Cells:
         values = {str(x.get(name)) for x in rows if x["policy"] != "full"}
         if len(values) > 1 or (name == "share" and values - {"None"}):
             cells[label] = "-" if row["policy"] == "full" else str(row.get(name) or "-")
-    for name, label in (("gates", "gates"), ("local_layers", "local layers")):
+    for name, label in (("gates", "gates"), ("local_layers", "local layers"), ("threshold", "threshold")):
         if len({x[name] for x in rows if x.get(name)}) > (name == "gates"):  # one place of gates is everybody's
             cells[label] = str(row.get(name) or "-")
     return {**cells, "budget": row["budget"]}

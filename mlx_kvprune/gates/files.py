@@ -190,6 +190,26 @@ def located(where: str, method: str) -> Path:
     raise ValueError(f"[gates] no such file or repository; got {where!r}; try a path, or owner/name on the hub")
 
 
+def threshold_of(text: str, where: str, method: str) -> float:
+    """A threshold that was given as a number, or as the share of tokens that it keeps by the card of the gates at ``where``.
+
+    Raises:
+        ValueError: neither, or a share that no card was given for or that it does not know.
+    """
+    if "/" not in text:
+        try:
+            return float(text)
+        except ValueError:
+            raise ValueError(f"[threshold] neither a number nor a share; got {text!r}; try 0.5, or 1/4") from None
+    if not where:
+        raise ValueError(f"[threshold] a share is looked up in a gate file; got {text!r} without --gates; try a number")
+    known = read_card(located(where, method)).thresholds
+    if text not in known:
+        shares = ", ".join(known) or "none"
+        raise ValueError(f"[threshold] not a share that {where} knows; got {text!r}; try one of: {shares}")
+    return known[text]
+
+
 def gate_files_in(folder: Path) -> list[Path]:
     """The gate files among a folder's ``.safetensors``, by name."""
     return [path for path in sorted(folder.glob(f"*{SUFFIX}")) if _is_gate_file(path)]

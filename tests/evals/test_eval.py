@@ -174,6 +174,11 @@ def test_a_file_has_all_columns_and_a_narrow_terminal_those_that_fit(run, monkey
         (["--plot", "/nowhere/kl.png"], "[plot] no such folder; got '/nowhere'"),
         (["--plot", "kl.png", "--tasks", "regret,density"], "[plot] nothing to draw; got --tasks regret,density"),
         (["--out", "/nowhere/rows.jsonl"], "[out] no such folder; got '/nowhere'"),
+        (
+            ["--threshold", "1", "--policies", "tova"],
+            "[threshold] no policy that has one; got tova; try --policies spkv",
+        ),
+        (["--threshold", "1/4", "--policies", "kvzap"], "[threshold] a share is looked up in a gate file"),
         (["--out", "/tmp"], "[out] a folder; got '/tmp'"),
     ],
 )

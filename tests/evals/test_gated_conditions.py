@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_gates import GATED, given_gates
+from tiny_gates import GATED, given_gates, random_gates
 from tiny_models import VOCAB, tiny_model
 
 from mlx_kvprune import detach
@@ -18,6 +18,7 @@ from mlx_kvprune.evals.equal import levelled, planned_nbytes
 from mlx_kvprune.evals.job import Grid, Job
 from mlx_kvprune.evals.store import key
 from mlx_kvprune.evals.tasks import TASKS
+from mlx_kvprune.forward import pruned
 from mlx_kvprune.gates.files import Card, save
 from mlx_kvprune.policy import POLICIES
 from mlx_kvprune.settings import Budget
@@ -125,6 +126,23 @@ def test_several_places_of_gates_are_compared_and_told_apart(model, tmp_path):
     found, notes = Job(model, None, [], missing).conditions(700)
     assert [dict(c.more).get("gates") for c in found] == [None, None, None, other]
     assert len(notes) == 1 and "no such file or repository" in notes[0]
+
+
+def test_a_threshold_is_for_the_policies_that_drop(tmp_path):
+    model = tiny_model("llama")
+    try:
+        gates = random_gates("mlp", [2] * len(model.layers), width=model.args.hidden_size)
+        path = save(tmp_path / "g", gates, model, Card("spkv", thresholds={"1/4": 0.75}))
+        wanted = Grid(("tova", "spkv"), ("300",), gates=(str(path),), threshold="1/4")
+        found = {c.policy: c for c in wanted.conditions(700, 0)}
+        assert dict(found["spkv"].more)["threshold"] == 0.75
+        assert not any("threshold" in dict(found[name].more) for name in ("window", "random", "tova"))
+        (cache, *_) = pruned(found["spkv"].caches(model))
+        assert dict(cache.settings.options) == {"threshold": 0.75}
+        rows = [{**found[name].describe(), "policy": name} for name in ("tova", "spkv")]
+        assert [tables.condition(row, rows)["threshold"] for row in rows] == ["-", "0.75"]
+    finally:
+        detach(model)
 
 
 def test_local_layers_are_for_the_policies_alone(model):
