@@ -15,6 +15,7 @@ from mlx_kvprune.policy import find
 
 Row = dict[str, Any]
 ENOUGH = 50  # trials
+ALIKE = ("dtype", "gates", "gate_id", "local_layers", "threshold")  # what seeds that are compared have in common
 ASKED = {"1/4": 0.95, "1/8": 0.90, "1/16": 0.75}  # of what the full cache answers, ``ask`` is to answer so much
 
 
@@ -134,9 +135,7 @@ def over_seeds(rows: Sequence[tuple[int, Row]]) -> list[str]:
     for seed, row in rows:
         name = next((name for name in ("kl", "score", "regret") if name in row), None)
         if name and row["policy"] != "full":
-            same = tuple(
-                row.get(name) for name in ("wording", "data", "length", "dtype", "gates", "gate_id", "local_layers")
-            )
+            same = tuple(map(row.get, ("wording", "data", "length", *ALIKE)))
             place = (row["task"], label(row), row.get("share") or row["budget"], name, *same)
             found.setdefault(place, {})[seed] = row[name]
     return [

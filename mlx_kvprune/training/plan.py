@@ -236,14 +236,8 @@ class Plan:
     def identity(self) -> dict[str, Any]:
         """What must be the same for a training to go on; files by their names."""
         fields = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        return (
-            fields
-            | {"stage": list(self.stages), "tokens": self.length, "texts": self.n_texts}
-            | {
-                "patience": self.looks,
-                "fresh": self.replaced_every,
-            }
-        )
+        settled = {"tokens": self.length, "texts": self.n_texts, "patience": self.looks, "fresh": self.replaced_every}
+        return fields | {"stage": list(self.stages)} | settled
 
     def settings(self) -> dict[str, Any]:
         """For the card."""
