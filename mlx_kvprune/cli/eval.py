@@ -36,10 +36,8 @@ def _option(*flags: str, metavar: str | None = None, help: str, **more: Any) -> 
     return typer.Option(*flags, metavar=metavar, help=help, rich_help_panel="Evaluation", **more)
 
 
-WIDE, ROOMY = (
-    400,
-    200,
-)  # columns of a table that is written to a file; from which a terminal has room for all that is known
+WIDE = 400  # columns of a table that is written to a file
+ROOMY = 200  # from which a terminal has room for all that is known
 UNDRAWN = ("regret", "generation", "density")  # tasks without a line against bytes
 
 
@@ -206,10 +204,11 @@ def eval_(
     pictures.check(plot)
     if plot is not None and not {task.name for task in some} - set(UNDRAWN):
         raise ValueError(f"[plot] nothing to draw; got --tasks {wanted['tasks']}; try it without --plot")
+    out = out.expanduser() if out is not None else None
     if out is not None:
-        check_out(out.expanduser())
+        check_out(out)
     job = prepare(model, wanted, data or [], seed)
-    rows, notes = run_tasks(some, job, out.expanduser() if out else None)
+    rows, notes = run_tasks(some, job, out)
     for note in notes:
         output.say(f"[eval] {note}")
     show(rows, markdown, to_stderr=json)

@@ -14,7 +14,7 @@ import numpy as np
 
 from mlx_kvprune.evals.asking import prompt
 from mlx_kvprune.evals.conditions import SIZES, Condition, feed, held
-from mlx_kvprune.evals.job import Job, Measured, Task, Tick
+from mlx_kvprune.evals.job import Job, Measured, Task, Tick, which_texts
 from mlx_kvprune.evals.store import Unit, by_condition, named
 from mlx_kvprune.evals.texts import excerpts
 
@@ -98,7 +98,7 @@ def _row(units: Sequence[Unit], full: dict[int, dict[str, Any]]) -> dict[str, An
 
 def _own(job: Job) -> dict[str, int]:
     longer = {"answer_tokens": job.answer_tokens} if job.answer_tokens != UNNAMED else {}
-    return longer | ({"of": job.texts} if job.seed else {})
+    return longer | which_texts(job)
 
 
 TASK = Task(

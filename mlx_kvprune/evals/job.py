@@ -113,6 +113,11 @@ class Job:
         return [*can, *able], ungated + notes + unlevelled + more
 
 
+def which_texts(job: Job) -> dict[str, int]:
+    """Tells apart the excerpts of another seed: which they are is a matter of how many there are."""
+    return {"of": job.texts} if job.seed else {}
+
+
 @dataclass(frozen=True)
 class Task:
     """One kind of measurement; ``tasks.TASKS`` has all of them.
@@ -170,12 +175,8 @@ class Task:
 
     def unit(self, job: Job, number: int, n: int, condition: Condition, result: Any = None) -> Unit:
         """A unit of this task."""
-        setup = {
-            **job.about,
-            "tokens": self.length(job),
-            "seed": job.seed,
-            **({} if self.alone else {"of": n}),
-        } | self.own(job)
+        setup = {**job.about, "tokens": self.length(job), "seed": job.seed}
+        setup |= ({} if self.alone else {"of": n}) | self.own(job)
         named = {**condition.describe(), **job.gates_of(condition)}
         return {"task": self.name, "item": number, **named, "setup": setup, "result": result}
 
@@ -217,9 +218,8 @@ def rows(job: Job, task: Task, store: Store) -> list[dict[str, Any]]:
     """The task's rows; all of its units must be there."""
     some, n = task.conditions(job)[0], len(task.items(job))
     units = [store.of(task.unit(job, number, n, c)) for c in some for number in range(n)]
-    gates = {
-        _asks(c.policy, dict(c.more)): size for c in some if (size := gate_bytes(job.model, c))
-    }  # beside what is held
+    sizes = {_asks(c.policy, dict(c.more)): gate_bytes(job.model, c) for c in some}
+    gates = {who: size for who, size in sizes.items() if size}  # beside what is held, not in it
     bound = {"bound": task.bound} if task.bound else {}
     more = lambda row: bound | ({"gate_bytes": gates[who]} if (who := _asks(row["policy"], row)) in gates else {})
     return [{**row, **more(row)} for row in task.rows([x for x in units if x])]

@@ -120,12 +120,9 @@ def _order(table: Table) -> tuple[int, int]:
 
 def _findings(mine: Sequence[Table]) -> Iterator[str]:
     named = lambda table: table.setup["data"].rsplit(" ", 1)[0]
-    dtype = lambda table: {"dtype": table.setup["dtype"]}
+    setup_of = lambda table: {"data": named(table), "length": table.setup["tokens"], "dtype": table.setup["dtype"]}
     seeded = [
-        (
-            table.setup["seed"],
-            {**row, "data": named(table), "length": table.setup["tokens"], **dtype(table), "table": number},
-        )
+        (table.setup["seed"], {**row, **setup_of(table), "table": number})
         for number, table in enumerate(mine)
         for row in table.rows()
     ]

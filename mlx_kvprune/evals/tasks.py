@@ -21,16 +21,11 @@ from mlx_kvprune.evals import (
     tracking,
     turns,
 )
-from mlx_kvprune.evals.job import Job, Task
+from mlx_kvprune.evals.job import Job, Task, which_texts
 
 
 def _excerpts(job: Job) -> list[list[int]]:
     return texts.excerpts(job.tokenizer, job.plain, job.tokens, job.texts, job.seed)
-
-
-def _which(job: Job) -> dict[str, int]:
-    """Which excerpts another seed reads is a matter of how many there are."""
-    return {"of": job.texts} if job.seed else {}
 
 
 def _tokens(job: Job) -> int:
@@ -46,7 +41,7 @@ FIDELITY = Task(
     fidelity.rows,
     length=_tokens,
     question=False,
-    own=_which,
+    own=which_texts,
 )
 REGRET = Task(
     "regret",
@@ -58,7 +53,7 @@ REGRET = Task(
     length=_tokens,
     question=False,
     check=lambda job: regret.recording(job.model),
-    own=_which,
+    own=which_texts,
 )
 NEEDLES = Task(
     "needles",
