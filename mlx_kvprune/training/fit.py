@@ -157,6 +157,8 @@ class _Training:
             if arrays:
                 distiller.restore(arrays, progress.done)
                 self.best = under(BEST, arrays)
+            else:
+                distiller.begin(self.held)
             self._distil(distiller, progress)
         return self._finish(distiller, progress)
 

@@ -21,7 +21,7 @@ from mlx_kvprune.training.calibrate import Quality, as_saved
 from mlx_kvprune.training.distill import Distiller, held_out, loss_of, raws_of
 from mlx_kvprune.training.joint import JointDistiller, let_learn
 from mlx_kvprune.training.methods import METHODS
-from mlx_kvprune.training.objective import budget_biases, divergence
+from mlx_kvprune.training.objective import Bounds, budget_biases, decay_biases, divergence
 from mlx_kvprune.training.objectives import OBJECTIVES
 from mlx_kvprune.training.reading import read
 from mlx_kvprune.training.recipe import Example, Recipe, bounds_of
@@ -221,3 +221,24 @@ def test_thresholds_keep_what_they_promise(model, held, method):
 def test_retention_has_no_threshold(model, held):
     gates = as_saved(gates_for(model, "shared"))
     assert Quality(gates, METHODS["retention"], recipe(), held).thresholds() == {}
+
+
+def test_decay_starts_where_a_budget_is_held(model):
+    """Gates that never forget are moved until decayed weights sum to the budget; ranks stay, and nobody else is moved."""
+    plan, found = recipe("decay", shares=(1 / 16, 1 / 4)), readings(model, 2)
+    gates = shaken(gates_for(model, "mlp"), scale=0.1)
+    plain = Whitening.of(found, "mlp")
+    before = gates.arrays()
+    Distiller(gates, model, plain, recipe("budget")).begin(found)
+    assert all(mx.array_equal(x, before[name]) for name, x in gates.arrays().items())
+    Distiller(gates, model, plain, plan).begin(found)
+    moved = {name: np.array(x - before[name]) for name, x in gates.arrays().items()}
+    added = moved["layers.0.bias"][0]
+    assert abs(added) > 0.5
+    for name, x in moved.items():
+        np.testing.assert_allclose(x, added if name.endswith(".bias") else 0.0, atol=1e-5, err_msg=name)
+    sums = []
+    for reading in found:
+        for bias in decay_biases(raws_of(gates, reading, plain, 512), 511, 1, Bounds(64, n_sink=0)):
+            sums.append(np.exp(np.array(bias.added)).sum(axis=-1).mean())
+    np.testing.assert_allclose(np.mean(sums), 512 / 8, rtol=1e-3)

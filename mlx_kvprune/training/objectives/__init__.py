@@ -7,7 +7,7 @@ from mlx_kvprune.training.objectives.base import Objective
 
 OBJECTIVES = {
     "budget": Objective(retention.budget),
-    "decay": Objective(retention.decay, retention.held),
+    "decay": Objective(retention.decay, retention.held, level=retention.level),
     "spkv": Objective(spkv.biases, spkv.written_beyond, spkv.LAST),
     "dms": Objective(dms.biases, dms.held_beyond, dms.LED),
 }

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import mlx.core as mx
+import numpy as np
 
 from mlx_kvprune.gates.structure import worth
 from mlx_kvprune.training.bias import Bias
 from mlx_kvprune.training.objective import budget_biases, decay_biases, held_by_decay
 from mlx_kvprune.training.objectives.base import Raws
 from mlx_kvprune.training.recipe import Example, Recipe, temperature
+
+REACH = 30.0  # by which biases are moved at most
 
 
 def budget(raws: Raws, example: Example, recipe: Recipe, step: int) -> list[Bias]:
@@ -25,3 +31,26 @@ def decay(raws: Raws, example: Example, recipe: Recipe, step: int) -> list[Bias]
 def held(raws: Raws, example: Example, recipe: Recipe, step: int) -> mx.array:
     """TRIM-KV's capacity loss."""
     return held_by_decay(raws, example.start, example.length, example.bounds)
+
+
+def level(readings: Sequence[Raws], recipe: Recipe) -> float:
+    """What to add to all biases so that at the end of these texts decayed weights sum to a budget in the middle of those drawn.
+
+    Gates that were trained on ranks alone may decay at any speed; those that hardly decay learn little.
+    """
+    share = math.exp(np.log(recipe.shares).mean())
+    heads = [np.concatenate([np.array(raw, np.float64) for raw in raws]) for raws in readings]  # (heads, T)
+
+    def held(added: float) -> float:
+        """Mean share of the texts that the weights sum to."""
+        sums = []
+        for raw in heads:
+            age = np.arange(raw.shape[1])[::-1]
+            sums.append(np.exp(-age * np.logaddexp(0.0, -(raw + added))).mean())
+        return float(np.mean(sums))
+
+    low, high = -REACH, REACH
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if held(middle) < share else (low, middle)
+    return (low + high) / 2
