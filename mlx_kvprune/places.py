@@ -24,3 +24,21 @@ def beside(path: Path) -> Iterator[Path]:
         os.replace(work, path)
     finally:
         work.unlink(missing_ok=True)
+
+
+def check_file(path: Path, what: str) -> None:
+    """Refuse what could not be written once the work for it is done.
+
+    Args:
+        path: of a file to be.
+        what: the option's name, in messages.
+
+    Raises:
+        ValueError: no such folder, a folder, or no right to write.
+    """
+    if not path.parent.is_dir():
+        raise ValueError(f"[{what}] no such folder; got {str(path.parent)!r}; try another path")
+    if path.is_dir():
+        raise ValueError(f"[{what}] a folder; got {str(path)!r}; try a file in it")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"[{what}] no right to write; got {str(path)!r}; try another path")

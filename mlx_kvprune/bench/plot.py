@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_kvprune.bench.rows import CONTEXT, Row
+from mlx_kvprune.places import check_file
 
 SUFFIXES = (".png", ".svg", ".pdf")
 PANELS: dict[str, tuple[str, Callable[[Row], Any]]] = {
@@ -30,8 +31,7 @@ def check(path: Path | None) -> None:
         return
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(f"[plot] not a picture's name; got {str(path)!r}; try {path.stem or 'bench'}.png or .svg")
-    if not path.parent.is_dir():
-        raise ValueError(f"[plot] no such folder; got {str(path.parent)!r}; try another path")
+    check_file(path, "plot")
     if find_spec("matplotlib") is None:
         raise ValueError("[plot] needs matplotlib; got none; try `pip install 'mlx-kvprune[plots]'`")
 

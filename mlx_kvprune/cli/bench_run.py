@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_kvprune.cli.options import ModelOptions, load
+from mlx_kvprune.places import check_file
 
 if TYPE_CHECKING:
     from mlx_kvprune.bench.candidates import Candidate
@@ -81,8 +82,8 @@ def check_out(out: Path | None) -> None:
     """
     from mlx_kvprune.bench.rows import Store
 
-    if out is not None and not out.parent.is_dir():
-        raise ValueError(f"[out] no such folder; got {str(out.parent)!r}; try another path")
+    if out is not None:
+        check_file(out, "out")
     Store(out, {})
 
 

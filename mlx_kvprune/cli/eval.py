@@ -13,6 +13,7 @@ import typer
 
 from mlx_kvprune.cli.options import Json, ModelOptions, load, spread
 from mlx_kvprune.evals.presets import DEFAULTS, LENGTHS, chosen
+from mlx_kvprune.places import check_file
 
 if TYPE_CHECKING:
     from mlx_kvprune.evals.job import Grid, Job, Task, Tick
@@ -206,7 +207,7 @@ def eval_(
         raise ValueError(f"[plot] nothing to draw; got --tasks {wanted['tasks']}; try it without --plot")
     out = out.expanduser() if out is not None else None
     if out is not None:
-        check_out(out)
+        check_file(out, "out")
     job = prepare(model, wanted, data or [], seed)
     rows, notes = run_tasks(some, job, out)
     for note in notes:
@@ -220,20 +221,6 @@ def eval_(
         from mlx_kvprune.report.frontier import draw
 
         draw(panels(rows), plot)
-
-
-def check_out(out: Path) -> None:
-    """Refuse what could not be written when the first piece of work is done.
-
-    Raises:
-        ValueError: no such folder, a folder, or no right to write.
-    """
-    if not out.parent.is_dir():
-        raise ValueError(f"[out] no such folder; got {str(out.parent)!r}; try another --out")
-    if out.is_dir():
-        raise ValueError(f"[out] a folder; got {str(out)!r}; try a file in it")
-    if not os.access(out if out.exists() else out.parent, os.W_OK):
-        raise ValueError(f"[out] no right to write; got {str(out)!r}; try another --out")
 
 
 def split(text: str) -> list[str]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,6 +12,7 @@ import typer
 
 from mlx_kvprune.cli.cache_options import Budget, CacheOptions, settings_of, side_by_side
 from mlx_kvprune.cli.options import Json, ModelOptions, Seed, load, spread
+from mlx_kvprune.places import check_file
 from mlx_kvprune.settings import CacheSettings
 
 if TYPE_CHECKING:
@@ -133,12 +133,7 @@ def place_of(out: Path | None, file: str, names: list[str]) -> Path:
     """
     stem = "text" if file == "-" else re.sub(r"[^\w.-]+", "-", Path(file).stem).strip("-.") or "text"
     place = out or Path(f"{stem[:LONGEST_NAME]}.{'-'.join(names)[:LONGEST_NAME]}.html")
-    if place.is_dir():
-        raise ValueError(f"[out] a folder; got {str(place)!r}; try {place / 'page.html'}")
-    if not place.absolute().parent.is_dir():
-        raise ValueError(f"[out] no such folder; got {str(place.parent)!r}; try another path")
-    if not os.access(place.absolute().parent, os.W_OK):
-        raise ValueError(f"[out] may not write there; got {str(place.parent)!r}; try another path")
+    check_file(place, "out")
     return place.absolute()
 
 

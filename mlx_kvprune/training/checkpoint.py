@@ -11,7 +11,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_kvprune.places import beside
+from mlx_kvprune.places import beside, check_file
 
 KEY = "kvprune_training"
 VERSION = "1"
@@ -92,10 +92,7 @@ def check_out(out: Path, restart: bool) -> None:
     Raises:
         ValueError: no such folder, no right to write, or a file that stands there.
     """
-    if not out.parent.is_dir():
-        raise ValueError(f"[out] no such folder; got {str(out.parent)!r}; try another --out")
-    if out.is_dir():
-        raise ValueError(f"[out] a folder; got {str(out)!r}; try a file in it")
+    check_file(out, "out")
     if out.exists() and not restart:
         raise ValueError(f"[out] stands there already; got {str(out)!r}; try another --out, or --restart")
     probe = out.with_name(f".{out.name}.{os.getpid()}")

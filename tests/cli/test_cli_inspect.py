@@ -152,7 +152,7 @@ def test_a_hyperparameter_that_none_of_the_policies_has():
 
 def test_a_folder_that_may_not_be_written_to(monkeypatch, tmp_path):
     monkeypatch.setattr("os.access", lambda path, mode: False)
-    with pytest.raises(ValueError, match=r"may not write there; got .*; try another path"):
+    with pytest.raises(ValueError, match=r"no right to write; got .*; try another path"):
         place_of(tmp_path / "page.html", "text.txt", ["window"])
 
 
