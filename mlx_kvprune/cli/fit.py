@@ -115,7 +115,7 @@ Heat = Annotated[
         "--heat",
         panel=HOW,
         metavar="FROM:TO",
-        help="Temperature of eviction while distilling, which falls: warmer says more of what is far from being kept. "
+        help="With --target budget: temperature of eviction, which falls; warmer says more of what is far from being kept. "
         "Default: 0.4:0.15.",
     ),
 ]
@@ -125,7 +125,7 @@ Target = Annotated[
         "--target",
         panel=HOW,
         metavar="NAME",
-        help="budget: the student holds what the cache would (default); decay: TRIM-KV's own loss. Only for retention.",
+        help="decay: TRIM-KV's own loss (default); budget: the student holds what the cache would. Only for retention.",
     ),
 ]
 Capacity = Annotated[

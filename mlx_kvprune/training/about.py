@@ -57,7 +57,7 @@ def card_of(
         adapters: of the model that learned with them.
     """
     plan, (least, most) = ran.plan, ran.plan.recipe.shares
-    budgeted = DISTILL in plan.stages and plan.recipe.target == "budget"
+    budgeted = DISTILL in plan.stages and plan.method == "retention"
     return Card(
         method=plan.method,
         model=plan.model,

@@ -79,7 +79,7 @@ class Method:
 METHODS = {
     m.name: m
     for m in (
-        Method("retention", ("shared", "mlp", "linear"), (UTILITY, DISTILL), ("budget", "decay"), surprised=("decay",)),
+        Method("retention", ("shared", "mlp", "linear"), (UTILITY, DISTILL), ("decay", "budget"), surprised=("decay",)),
         Method("spkv", ("mlp", "shared", "linear"), (DISTILL,), ("spkv",), surprised=("spkv",)),
         Method("kvzap", ("linear", "mlp"), (UTILITY,), twice=True, norms=True),
         Method("fastkvzip", ("sink",), (UTILITY,), twice=True),
