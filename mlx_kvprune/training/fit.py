@@ -31,6 +31,7 @@ from mlx_kvprune.training.texts import Texts
 from mlx_kvprune.training.whitening import Whitening
 
 BEST, WHITENING = "best.", "whitening."  # prefixes of a checkpoint's arrays
+LEVELLED = 4  # texts that say where decay starts
 
 
 class Watch(Protocol):
@@ -158,7 +159,7 @@ class _Training:
                 distiller.restore(arrays, progress.done)
                 self.best = under(BEST, arrays)
             else:
-                distiller.begin(self.held)
+                distiller.begin(self.pool.readings[:LEVELLED])
             self._distil(distiller, progress)
         return self._finish(distiller, progress)
 
