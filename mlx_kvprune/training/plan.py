@@ -244,9 +244,15 @@ class Plan:
         recipe, form = self.recipe, self.form or self.how.forms[0]
         found: dict[str, Any] = {"form": form, "texts": self.n_texts, "tokens": self.length, "seed": self.seed}
         if DISTILL in self.stages:
-            found |= {"target": recipe.target, "steps": recipe.steps, "rate": recipe.rate, "capacity": recipe.capacity}
+            found |= {
+                "target": recipe.target,
+                "steps": recipe.steps,
+                "rate": recipe.rate,
+                "bias_rate": recipe.bias_rate,
+            }
             found |= {"surprisal": recipe.surprisal} if recipe.surprisal else {}
-            found |= {"bias_rate": recipe.bias_rate, "warm": recipe.warm, "cold": recipe.cold}
+            soft = recipe.target == "budget"
+            found |= {"warm": recipe.warm, "cold": recipe.cold} if soft else {"capacity": recipe.capacity}
         found |= {"scope": recipe.scope, "window": recipe.window}
         found |= ({"recall": self.recall} if self.recall else {}) | (
             {"start": Path(self.start).name} if self.start else {}
