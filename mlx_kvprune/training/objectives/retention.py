@@ -41,7 +41,7 @@ def level(readings: Sequence[Raws], recipe: Recipe) -> float:
     share = math.exp(np.log(recipe.shares).mean())
     heads = [np.concatenate([np.array(raw, np.float64) for raw in raws]) for raws in readings]  # (heads, T)
 
-    def held(added: float) -> float:
+    def kept(added: float) -> float:
         """Mean share of the texts that the weights sum to."""
         sums = []
         for raw in heads:
@@ -52,5 +52,5 @@ def level(readings: Sequence[Raws], recipe: Recipe) -> float:
     low, high = -REACH, REACH
     for _ in range(40):
         middle = (low + high) / 2
-        low, high = (middle, high) if held(middle) < share else (low, middle)
+        low, high = (middle, high) if kept(middle) < share else (low, middle)
     return (low + high) / 2
