@@ -26,12 +26,13 @@ def beside(path: Path) -> Iterator[Path]:
         work.unlink(missing_ok=True)
 
 
-def check_file(path: Path, what: str) -> None:
+def check_file(path: Path, what: str, renamed: bool = False) -> None:
     """Refuse what could not be written once the work for it is done.
 
     Args:
         path: of a file to be.
         what: the option's name, in messages.
+        renamed: it is written beside and takes the place of what is there; else what is there is written to.
 
     Raises:
         ValueError: no such folder, a folder, or no right to write.
@@ -40,5 +41,5 @@ def check_file(path: Path, what: str) -> None:
         raise ValueError(f"[{what}] no such folder; got {str(path.parent)!r}; try another path")
     if path.is_dir():
         raise ValueError(f"[{what}] a folder; got {str(path)!r}; try a file in it")
-    if not os.access(path if path.exists() else path.parent, os.W_OK):
+    if not os.access(path if path.exists() and not renamed else path.parent, os.W_OK):
         raise ValueError(f"[{what}] no right to write; got {str(path)!r}; try another path")

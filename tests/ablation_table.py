@@ -19,6 +19,7 @@ from mlx_kvprune.attach import hooked
 from mlx_kvprune.gates import Gates
 from mlx_kvprune.models import load
 from mlx_kvprune.training.distill import Distiller, held_out
+from mlx_kvprune.training.fit import LEVELLED
 from mlx_kvprune.training.plan import Plan
 from mlx_kvprune.training.reading import Reading, read
 from mlx_kvprune.training.recipe import Recipe
@@ -42,7 +43,7 @@ VARIANTS = (
     Variant("seed 2", {"seed": 2}),
     Variant("without sharing: each layer has its own last projection", {"form": "mlp"}),
     Variant("linear gates", {"form": "linear"}),
-    Variant("without decay: scores that do not age", recipe={"ageing": False}),
+    Variant("without decay: scores that do not age, a threshold", {"target": "budget"}, {"ageing": False}),
     Variant("uniform: a budget for each head", {"scope": "head"}),
     Variant("a threshold instead of decay", {"target": "budget"}),
     Variant("decay without capacity loss", {"target": "decay", "capacity": 0.0}),
@@ -61,7 +62,7 @@ def trained(
     fit_utility(plan, gates, texts, whitening, lambda *_: None)
     found = [held_out(gates, model, held, whitening, recipe)]
     distiller = Distiller(gates, model, whitening, recipe)
-    distiller.begin(texts)
+    distiller.begin(texts[:LEVELLED])
     for _ in range(steps):
         distiller.step(texts)
     return [*found, distiller.held_out(held)]

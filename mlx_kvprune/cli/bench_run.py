@@ -78,7 +78,7 @@ def check_out(out: Path | None) -> None:
     """Refuse a file that could not be gone on with, before a model is loaded.
 
     Raises:
-        ValueError: no such folder, or a file of something else.
+        ValueError: no such folder, a folder, no right to write, or a file of something else.
     """
     from mlx_kvprune.bench.rows import Store
 

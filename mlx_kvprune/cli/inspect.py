@@ -133,7 +133,7 @@ def place_of(out: Path | None, file: str, names: list[str]) -> Path:
     """
     stem = "text" if file == "-" else re.sub(r"[^\w.-]+", "-", Path(file).stem).strip("-.") or "text"
     place = out or Path(f"{stem[:LONGEST_NAME]}.{'-'.join(names)[:LONGEST_NAME]}.html")
-    check_file(place, "out")
+    check_file(place, "out", renamed=True)
     return place.absolute()
 
 

@@ -92,7 +92,7 @@ def check_out(out: Path, restart: bool) -> None:
     Raises:
         ValueError: no such folder, no right to write, or a file that stands there.
     """
-    check_file(out, "out")
+    check_file(out, "out", renamed=True)
     if out.exists() and not restart:
         raise ValueError(f"[out] stands there already; got {str(out)!r}; try another --out, or --restart")
     probe = out.with_name(f".{out.name}.{os.getpid()}")

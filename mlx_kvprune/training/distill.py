@@ -118,13 +118,16 @@ class Distiller:
         self.done = 0
         self.optimizer = optimizer_for(recipe)
 
-    def begin(self, readings: Sequence[Reading]) -> None:
-        """Bring gates that another training made to where this one starts."""
-        if level := OBJECTIVES[self.recipe.target].level:
-            raws = [raws_of(self.gates, reading, self.whitening, len(reading.tokens)) for reading in readings]
-            added = level(raws, self.recipe)
-            is_bias = lambda name: name.endswith(".bias")
-            self.gates.restore({name: x + added * is_bias(name) for name, x in self.gates.arrays().items()})
+    def begin(self, readings: Sequence[Reading]) -> float:
+        """Bring gates that another training made to where this one starts; returns what was added to all biases."""
+        level = OBJECTIVES[self.recipe.target].level
+        if level is None:
+            return 0.0
+        raws = [raws_of(self.gates, reading, self.whitening, len(reading.tokens)) for reading in readings]
+        added = level(raws, self.recipe)
+        is_bias = lambda name: name.endswith(".bias")
+        self.gates.restore({name: x + added * is_bias(name) for name, x in self.gates.arrays().items()})
+        return added
 
     def step(self, readings: Sequence[Reading]) -> tuple[float, float]:
         """One step on a segment of one of the readings; returns loss and divergence."""

@@ -159,7 +159,7 @@ class _Training:
                 distiller.restore(arrays, progress.done)
                 self.best = under(BEST, arrays)
             else:
-                distiller.begin(self.pool.readings[:LEVELLED])
+                self._begin(distiller)
             self._distil(distiller, progress)
         return self._finish(distiller, progress)
 
@@ -205,6 +205,10 @@ class _Training:
             return Distiller(gates, self.model, whitening, self.plan.recipe)
         let_learn(self.model, self.plan.lora, self.plan.seed)
         return JointDistiller(gates, self.model, whitening, self.plan.recipe)
+
+    def _begin(self, distiller: Distiller) -> None:
+        if added := distiller.begin(self.pool.readings[:LEVELLED]):
+            self.watch.say(f"[fit] biases moved by {added:+.2f}: decayed weights sum to a budget where training starts")
 
     def _distil(self, distiller: Distiller, progress: Progress) -> None:
         """Steps, and looks at held-out texts between them; afterwards the gates are the best that were seen."""

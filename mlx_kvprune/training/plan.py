@@ -155,9 +155,12 @@ class Plan:
             "rate": self.rate if not distils and form == "linear" and how.twice else None,
             "capacity": None if distils and (self.target or how.targets[0]) != "budget" else self.capacity,
         }
+        wanting = {"heat": "budget", "capacity": "decay"} if how.targets and distils else {}
         for name, value in unused.items():
             if value is not None:
-                raise ValueError(f"[{name}] would have no effect here; got {value}; try it without --{name}")
+                shown = ":".join(f"{x:g}" for x in value) if isinstance(value, tuple) else value
+                better = f"--target {wanting[name]}, or " if name in wanting else ""
+                raise ValueError(f"[{name}] would have no effect here; got {shown}; try {better}it without --{name}")
 
     @property
     def how(self) -> Method:
@@ -236,7 +239,13 @@ class Plan:
     def identity(self) -> dict[str, Any]:
         """What must be the same for a training to go on; files by their names."""
         fields = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        settled = {"tokens": self.length, "texts": self.n_texts, "patience": self.looks, "fresh": self.replaced_every}
+        settled: dict[str, Any] = {
+            "target": self.recipe.target,
+            "tokens": self.length,
+            "texts": self.n_texts,
+            "patience": self.looks,
+            "fresh": self.replaced_every,
+        }
         return fields | {"stage": list(self.stages)} | settled
 
     def settings(self) -> dict[str, Any]:

@@ -36,7 +36,7 @@ class Recipe:
         seed: of what is drawn.
     """
 
-    target: str = "budget"
+    target: str = "decay"
     steps: int = 600
     rate: float = 3e-4
     bias_rate: float = 1e-2

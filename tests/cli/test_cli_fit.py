@@ -240,7 +240,7 @@ BAD = [
     ("--bias-rate -1", r"\[bias-rate\] must be above 0; got -1; try it without --bias-rate"),
     ("--target budget --heat warm", r"\[heat\] not two numbers; got 'warm'; try 0.4:0.15"),
     ("--target budget --heat 0.1:0.4", r"\[heat\] must fall and stay above 0; got 0.1:0.4; try 0.4:0.15"),
-    ("--heat 1:0.2", r"\[heat\] would have no effect here; got"),
+    ("--heat 1:0.2", r"\[heat\] would have no effect here; got 1:0.2; try --target budget, or it without --heat"),
     (
         "--stage utility --bias-rate 0.1",
         r"\[bias-rate\] would have no effect here; got 0.1; try it without --bias-rate",
@@ -262,7 +262,10 @@ BAD = [
     ("--stage utility --surprisal 1", r"\[surprisal\] would have no effect here; got 1.0; try it without"),
     ("--stage utility --minutes 9", r"\[minutes\] would have no effect here; got 9; try it without --minutes"),
     ("--capacity -1", r"\[capacity\] must be a weight of 0 or more; got -1; try it without --capacity"),
-    ("--target budget --capacity 2", r"\[capacity\] would have no effect here; got 2.0; try"),
+    (
+        "--target budget --capacity 2",
+        r"\[capacity\] would have no effect here; got 2.0; try --target decay, or it without",
+    ),
     ("--form linear --hidden 9", r"\[hidden\] would have no effect here; got 9; try"),
     ("--rate -1", r"\[rate\] must be above 0; got -1; try"),
     ("--tokens 300", r"\[tokens\] must be a multiple of 256, at least 512; got 300; try 512"),

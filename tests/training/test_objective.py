@@ -14,6 +14,7 @@ from mlx_kvprune.settings import PAGE
 from mlx_kvprune.training import objective
 from mlx_kvprune.training.objective import Bounds, budget_biases, decay_biases, divergence, held_by_decay, thresholds
 from mlx_kvprune.training.objectives import dms, spkv
+from mlx_kvprune.training.objectives.retention import level
 from mlx_kvprune.training.reading import most_likely
 from mlx_kvprune.training.recipe import Example, Recipe
 from mlx_kvprune.training.utility import exposure
@@ -172,3 +173,11 @@ def test_spkv_gates_are_hard_at_the_end():
     soft, hard = (np.array(spkv.written(raw, recipe, step))[0] for step in (75, 100))
     np.testing.assert_allclose(soft, np.array(mx.sigmoid(raw))[0], rtol=1e-6)
     assert hard == pytest.approx([0, 0, 1, 1], abs=1e-6)
+
+
+@pytest.mark.parametrize("odd", [np.nan, 60.0, -60.0])
+def test_gates_that_no_level_helps_stay(odd):
+    """A number that is none, and heads that keep everything or nothing whatever is added."""
+    raws = [mx.full((3, 512), odd), mx.zeros((0, 512))]
+    assert level([raws], Recipe(target="decay")) == 0.0
+    assert abs(level([[mx.full((3, 512), 6.0)]], Recipe(target="decay"))) > 0.5

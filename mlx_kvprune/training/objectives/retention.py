@@ -36,7 +36,8 @@ def held(raws: Raws, example: Example, recipe: Recipe, step: int) -> mx.array:
 def level(readings: Sequence[Raws], recipe: Recipe) -> float:
     """What to add to all biases so that at the end of these texts decayed weights sum to a budget in the middle of those drawn.
 
-    Gates that were trained on ranks alone may decay at any speed; those that hardly decay learn little.
+    Gates that were trained on ranks alone, or on texts of another length, may decay at any speed; those that hardly decay learn
+    little. Zero where no number does it.
     """
     share = math.exp(np.log(recipe.shares).mean())
     heads = [np.concatenate([np.array(raw, np.float64) for raw in raws]) for raws in readings]  # (heads, T)
@@ -50,6 +51,9 @@ def level(readings: Sequence[Raws], recipe: Recipe) -> float:
         return float(np.mean(sums))
 
     low, high = -REACH, REACH
+    finite = all(np.isfinite(raw).all() for raw in heads)
+    if not (finite and kept(low) < share < kept(high)):  # some heads keep everything, or nothing, whatever is added
+        return 0.0
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (middle, high) if kept(middle) < share else (low, middle)
