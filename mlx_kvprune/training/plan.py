@@ -239,26 +239,16 @@ class Plan:
     def identity(self) -> dict[str, Any]:
         """What must be the same for a training to go on; files by their names."""
         fields = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
-        settled: dict[str, Any] = {
-            "target": self.recipe.target,
-            "tokens": self.length,
-            "texts": self.n_texts,
-            "patience": self.looks,
-            "fresh": self.replaced_every,
-        }
-        return fields | {"stage": list(self.stages)} | settled
+        settled = {"tokens": self.length, "texts": self.n_texts, "patience": self.looks, "fresh": self.replaced_every}
+        return fields | {"stage": list(self.stages), "target": self.recipe.target} | settled
 
     def settings(self) -> dict[str, Any]:
         """For the card."""
         recipe, form = self.recipe, self.form or self.how.forms[0]
         found: dict[str, Any] = {"form": form, "texts": self.n_texts, "tokens": self.length, "seed": self.seed}
         if DISTILL in self.stages:
-            found |= {
-                "target": recipe.target,
-                "steps": recipe.steps,
-                "rate": recipe.rate,
-                "bias_rate": recipe.bias_rate,
-            }
+            found |= {"target": recipe.target, "steps": recipe.steps}
+            found |= {"rate": recipe.rate, "bias_rate": recipe.bias_rate}
             found |= {"surprisal": recipe.surprisal} if recipe.surprisal else {}
             soft = recipe.target == "budget"
             found |= {"warm": recipe.warm, "cold": recipe.cold} if soft else {"capacity": recipe.capacity}

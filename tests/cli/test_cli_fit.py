@@ -223,7 +223,7 @@ def test_going_on_from_gates_on_other_texts(tiny, book, tmp_path, capsys):
     one, other = (files.load(path)[0].arrays() for path in (first, then))
     level = np.median(
         [other[name] - one[name] for name in one if name.endswith(".bias")]
-    )  # all were moved by it at first
+    )  # they were moved by it first
     moved = {name: other[name] - one[name] - level * name.endswith(".bias") for name in one}
     far = [float(mx.abs(x).max() / mx.abs(one[name]).max()) for name, x in moved.items()]
     assert 0 < max(far) < 0.1, "two steps do not lead far"

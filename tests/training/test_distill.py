@@ -224,7 +224,7 @@ def test_retention_has_no_threshold(model, held):
 
 
 def test_decay_starts_where_a_budget_is_held(model):
-    """Gates that never forget are moved until decayed weights sum to the budget; ranks stay, and nobody else is moved."""
+    """Gates that never forget are moved until decayed weights sum to the budget, and nothing else is moved."""
     plan, found = recipe("decay", shares=(1 / 16, 1 / 4)), readings(model, 2)
     gates = shaken(gates_for(model, "mlp"), scale=0.1)
     plain = Whitening.of(found, "mlp")
