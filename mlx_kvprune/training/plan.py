@@ -151,9 +151,9 @@ class Plan:
             "fresh": None if distils and not self.joint else self.fresh or None,
             "target": None if distils else self.target,
             "bias-rate": None if distils and not self.joint else self.bias_rate,
-            "heat": None if distils and (self.target or how.targets[0]) == "budget" else self.heat,
+            "heat": None if distils and self.objective == "budget" else self.heat,
             "rate": self.rate if not distils and form == "linear" and how.twice else None,
-            "capacity": None if distils and (self.target or how.targets[0]) != "budget" else self.capacity,
+            "capacity": None if distils and self.objective != "budget" else self.capacity,
         }
         wanting = {"heat": "budget", "capacity": "decay"} if how.targets and distils else {}
         for name, value in unused.items():
@@ -165,6 +165,11 @@ class Plan:
     @property
     def how(self) -> Method:
         return method_named(self.method)
+
+    @property
+    def objective(self) -> str:
+        """What distillation minimises: the target that was asked for, or the method's own."""
+        return self.target or (self.how.targets or ("budget",))[0]
 
     @property
     def joint(self) -> bool:
@@ -207,7 +212,7 @@ class Plan:
     @property
     def recipe(self) -> Recipe:
         """Of distillation, and of the looks at held-out texts."""
-        how, target = self.how, self.target or (self.how.targets or ("budget",))[0]
+        how, target = self.how, self.objective
         return Recipe(
             target=target,
             steps=self.steps or STEPS,
@@ -240,7 +245,7 @@ class Plan:
         """What must be the same for a training to go on; files by their names."""
         fields = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
         settled = {"tokens": self.length, "texts": self.n_texts, "patience": self.looks, "fresh": self.replaced_every}
-        return fields | {"stage": list(self.stages), "target": self.recipe.target} | settled
+        return fields | {"stage": list(self.stages), "target": self.objective} | settled
 
     def settings(self) -> dict[str, Any]:
         """For the card."""
