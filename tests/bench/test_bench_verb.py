@@ -313,6 +313,10 @@ def test_stored_runs_become_a_page(run, tmp_path, monkeypatch, capsys):
     assert text.count("### ") == 1 and "10.0 (9.0 to 11.0) GB/s" in text and "mlx-lm" in text
     lines = [line for line in text.splitlines() if line.startswith("| ")]
     assert len(lines) == 3 * 2 + 3 * 4 and set(lines) <= set(shown.splitlines())
+    assert "![" not in text and not (tmp_path / "bench-rows.png").exists()
+    drawn = stored_page.page([out], tmp_path)
+    contexts = {row["context"] for row in stored(out, "context")}
+    assert ("![" in drawn) == (tmp_path / "bench-rows.png").exists() == (len(contexts) > 1)
     other.write_text("{}\n")
     for path, message in ((other, "no rows of bench"), (tmp_path / "none", "no rows of bench")):
         monkeypatch.setattr(sys, "argv", ["stored", str(path)])
