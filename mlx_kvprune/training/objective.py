@@ -3,7 +3,7 @@
 Two ways to make eviction differentiable, for the same rule at inference (rank by ``(t + 1 - i) log beta_i``):
 
 ``decay``   TRIM-KV's: the weight of slot i at time t is multiplied by ``beta_i^(t - i)``, and a penalty keeps the sum of these
-            weights at the budget.
+            weights at the budget. Unlike there, what the cache holds anyway, sinks and ring, does not decay.
 ``budget``  ours: ``(t - i) log beta_i`` ranks as ``s_i(t) = -log(-log beta_i) - log(t - i)`` does. Over all heads, the
             threshold ``tau(t)`` is found at which as many slots stay as the budget has, floors of heads counted; the weight of
             a slot is multiplied by ``sigmoid((s_i - tau) / temperature)``. At temperature zero that is the cache itself.
@@ -50,6 +50,11 @@ class Bounds:
     ageing: bool = True
 
     @property
+    def ring(self) -> int:
+        """The newest tokens that are held whatever their score, on average: between two upkeeps the block fills up."""
+        return self.window + self.block // 2
+
+    @property
     def pool(self) -> int:
         """Slots per head that are competed for."""
         return max(1, self.slots - self.window - self.block - self.n_sink)
@@ -62,22 +67,23 @@ def ages(start: int, length: int) -> mx.array:
 
 
 def decay_biases(raws: Sequence[mx.array], start: int, length: int, bounds: Bounds) -> list[Bias]:
-    """TRIM-KV's: ``(t - i) log beta_i`` for every slot that is no sink, of each layer."""
+    """TRIM-KV's: ``(t - i) log beta_i`` for every slot that is no sink and has left the ring, of each layer."""
     age = ages(start, length)
-    sinks = mx.broadcast_to(mx.arange(start + length) < bounds.n_sink, age.shape)
-    return [Bias(mx.maximum(age, 0.0) * log_sigmoid(raw)[:, None], sinks) for raw in raws]
+    spared = (age < bounds.ring) | (mx.arange(start + length) < bounds.n_sink)
+    return [Bias(mx.maximum(age, 0.0) * log_sigmoid(raw)[:, None], spared) for raw in raws]
 
 
 def held_by_decay(raws: Sequence[mx.array], start: int, length: int, bounds: Bounds) -> mx.array:
     """TRIM-KV's capacity loss at the times of a segment: what the decayed weights sum to beyond the budget.
 
-    ``mean_t max(0, sum_i beta_i^(t - i) - M) / max(t - M, 1)``: over each head, or over all of them together.
+    ``mean_t max(0, sum_i beta_i^(t - i) - M) / max(t - M, 1)``: over each head, or over all of them together. What is in the
+    ring counts as one.
     """
     times = mx.arange(start + STEP - 1, start + length, STEP)[:, None]
     age = (times - mx.arange(start + length)[None]).astype(mx.float32)
     sums = []
     for raw in raws:
-        weights = mx.exp(mx.maximum(age, 0.0) * log_sigmoid(raw)[:, None])
+        weights = mx.where(age < bounds.ring, 1.0, mx.exp(mx.maximum(age, 0.0) * log_sigmoid(raw)[:, None]))
         sums.append(mx.where(age < 0, 0.0, weights).sum(axis=-1))  # (H_kv, times)
     held = mx.concatenate(sums)
     held = held.mean(axis=0, keepdims=True) if bounds.scope == "global" else held

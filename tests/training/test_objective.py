@@ -89,24 +89,25 @@ def test_every_head_keeps_its_floor():
     assert (scores[0][0, of] - np.log(now - of) >= taus[0, 0] - 1e-4).sum() == PAGE
 
 
-def test_decay_is_the_papers_formula():
+def test_decay_is_the_papers_formula_outside_the_ring():
     raws = drawn(3)
     for raw, bias in zip(raws, decay_biases([mx.array(x) for x in raws], START, LENGTH, BOUNDS), strict=True):
         t = np.arange(START, START + LENGTH)[:, None]
         i = np.arange(START + LENGTH)[None]
-        expected = np.where(i < 4, 0.0, (t - i) * log_sigmoid(raw)[:, None])
+        expected = np.where((i < 4) | (t - i < 12 + 8), 0.0, (t - i) * log_sigmoid(raw)[:, None])
         expected = np.where(i > t, -np.inf, expected)
         np.testing.assert_allclose(np.array(bias.full()), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("scope", ["global", "head"])
-def test_capacity_is_the_papers_formula(scope):
+def test_capacity_is_the_papers_formula_with_a_whole_ring(scope):
     raws = [x + 6 for x in drawn(4)]  # they hold more than the budget
     bounds = Bounds(40, scope=scope)
     found = held_by_decay([mx.array(x) for x in raws], START, LENGTH, bounds).item()
     t = START + LENGTH - 1  # times are a block apart
     beta = np.exp(log_sigmoid(np.concatenate(raws)))
-    sums = (beta ** (t - np.arange(START + LENGTH))).sum(axis=1)
+    age = t - np.arange(START + LENGTH)
+    sums = np.where(age < 16 + 64, 1.0, beta**age).sum(axis=1)
     sums = np.array([sums.mean()]) if scope == "global" else sums
     assert found == pytest.approx(np.maximum(sums - 40, 0).mean() / (t - 40), rel=1e-4)
     assert found > 0.01
