@@ -27,6 +27,8 @@ EPILOG = """Examples:
 
   mlx-kvprune fit --method spkv --lora 8 --data books.jsonl.gz --steps 2000
 
+  mlx-kvprune fit --method spkv --quality 0.05 --bias-rate 0.05 --data books.jsonl.gz --data code.jsonl.gz
+
   mlx-kvprune generate --policy retention --gates gates-retention.safetensors --budget 512 --prompt - < chapter.txt
 
 Methods: retention (TRIM-KV's decay; one budget over all heads), kvzap and fastkvzip (what a second reading attends to; no
@@ -144,6 +146,16 @@ Surprisal = Annotated[
         "for spkv, else 0.",
     ),
 ]
+Within = Annotated[
+    float | None,
+    _option(
+        "--quality",
+        panel=HOW,
+        metavar="NATS",
+        help="spkv: write as little as keeps every text within this divergence from the full cache, instead of an eighth of "
+        "every text: sizes then follow what a text needs.",
+    ),
+]
 Uniform = Annotated[
     bool | None,
     _option(
@@ -238,6 +250,7 @@ class HowOptions:
     target: Target = None
     capacity: Capacity = None
     surprisal: Surprisal = None
+    quality: Within = None
     uniform: Uniform = None
     lora: Lora = 0
     full: Full = False

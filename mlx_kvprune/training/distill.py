@@ -47,13 +47,17 @@ def loss_of(
 
 
 def output_loss(logits: mx.array, example: Example, recipe: Recipe) -> tuple[mx.array, mx.array]:
-    """Divergence from the full cache, and the next token's loss if it counts; and the divergence alone."""
+    """Divergence from the full cache, and the next token's loss if it counts; and the divergence alone.
+
+    With ``Recipe.quality`` only the divergence beyond it counts, as a multiple of it.
+    """
     reading, start, length = example.reading, example.start, logits.shape[0]
     kl = divergence(logits, reading.top[start : start + length], reading.top_ids[start : start + length])
+    counted = mx.maximum(kl / recipe.quality - 1, 0.0) if recipe.quality else kl
     if not recipe.surprisal:
-        return kl, kl
+        return counted, kl
     targets = mx.array(reading.tokens[start + 1 : start + length])
-    return kl + recipe.surprisal * surprisal(logits[: length - 1], targets), kl
+    return counted + recipe.surprisal * surprisal(logits[: length - 1], targets), kl
 
 
 def scores_of(raws: Sequence[mx.array], recipe: Recipe) -> list[mx.array]:

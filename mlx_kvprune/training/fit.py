@@ -23,6 +23,7 @@ from mlx_kvprune.training.distill import Distiller, prefixed, under
 from mlx_kvprune.training.joint import JointDistiller, let_learn, save_adapters
 from mlx_kvprune.training.methods import DISTILL, UTILITY
 from mlx_kvprune.training.objectives import OBJECTIVES
+from mlx_kvprune.training.objectives.spkv import TAU
 from mlx_kvprune.training.plan import Plan
 from mlx_kvprune.training.pool import Pool
 from mlx_kvprune.training.reading import Reading, check_readable, gram, projections, read
@@ -233,7 +234,10 @@ class _Training:
         kls = distiller.held_out(self.held)
         mean = float(np.mean(list(kls.values())))
         progress.checks.append([progress.done, {share: round(kl, 5) for share, kl in kls.items()}])
-        settled = progress.done >= OBJECTIVES[distiller.recipe.target].settled * distiller.recipe.steps
+        objective, recipe = OBJECTIVES[distiller.recipe.target], distiller.recipe
+        settled = (
+            not recipe.quality and progress.done >= objective.settled * recipe.steps
+        )  # by share says nothing of a quality
         better = mean < progress.best or not settled
         if settled:
             progress.best, progress.stale = min(mean, progress.best), 0 if better else progress.stale + 1
@@ -242,7 +246,18 @@ class _Training:
         self._keep(distiller, progress)
         self._save()
         shown = ", ".join(f"{kl:.4f} at {share}" for share, kl in kls.items())
-        self.watch.say(f"[fit] step {progress.done} of {self.plan.recipe.steps}: held-out KL {shown}")
+        also = self._at_threshold(distiller) if recipe.quality and not self.plan.joint else ""
+        self.watch.say(f"[fit] step {progress.done} of {recipe.steps}: held-out KL {shown}{also}")
+
+    def _at_threshold(self, distiller: Distiller) -> str:
+        """What the gates keep on their own accord, in words."""
+        quality = self._quality(distiller)
+        return f"; {quality.kl_at(self.model, TAU):.4f} with the {quality.kept(TAU):.0%} above {TAU:g}"
+
+    def _quality(self, distiller: Distiller) -> Quality:
+        """Measures the gates as they are saved."""
+        gates = as_saved(distiller.whitening.folded(distiller.gates))
+        return Quality(gates, self.plan.how, self.plan.recipe, self.held)
 
     def _no_gain(self, progress: Progress) -> bool:
         """Whether to stop because gates no longer get better; says so."""
@@ -297,14 +312,13 @@ class _Training:
             distiller.gates.restore(learned)
             distiller.restore_model(self.best)
         self.watch.stage("measuring", 0, 1)
-        quality = Quality(
-            as_saved(distiller.whitening.folded(distiller.gates)), self.plan.how, self.plan.recipe, self.held
-        )
+        quality = self._quality(distiller)
         rows = quality.rows(distiller.with_gates(quality.gates, quality.plain).held_out(self.held))
         if self.plan.joint:
             quality = replace(quality, readings=self._read_held())  # as the model reads them now
         thresholds = quality.thresholds()
-        rows += quality.threshold_rows(self.model, thresholds)
+        measured = thresholds | ({f"{TAU:g}": TAU} if self.plan.quality else {})
+        rows += quality.threshold_rows(self.model, measured)
         adapters = self._save_adapters()
         about = Ran(self.plan, self.seconds, progress.done, self.pool.size, self._texts_read(progress), len(self.held))
         card = card_of(about, thresholds, rows, self._without_outputs(), adapters)

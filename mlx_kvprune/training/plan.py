@@ -39,6 +39,7 @@ class Plan:
         target: ``budget`` or ``decay``, retention only.
         capacity: weight of what gates hold beyond their share.
         surprisal: weight of the next token's loss beside the divergence from the full cache.
+        quality: divergence that a text may cost; spkv only, None for a share of the tokens.
         scope: ``global``, ``layer`` or ``head`` (see ``Bounds``).
         seed: of the gates and of everything that is drawn.
         check: steps between two looks at held-out texts.
@@ -68,6 +69,7 @@ class Plan:
     target: str | None = None
     capacity: float | None = None
     surprisal: float | None = None
+    quality: float | None = None
     scope: str | None = None
     seed: int = 0
     check: int | None = None
@@ -122,7 +124,7 @@ class Plan:
             raise ValueError(f"[tokens] must be a multiple of {SEGMENT}, at least 512; got {self.tokens}; try {near}")
         if not 0 <= self.recall <= 1:
             raise ValueError(f"[recall] must be a share from 0 to 1; got {self.recall:g}; try 0.5")
-        for name in ("rate", "bias_rate"):
+        for name in ("rate", "bias_rate", "quality"):
             value, flag = getattr(self, name), name.replace("_", "-")
             if value is not None and not 0 < value < 1e6:
                 raise ValueError(f"[{flag}] must be above 0; got {value:g}; try it without --{flag}")
@@ -154,6 +156,7 @@ class Plan:
             "heat": None if distils and self.objective == "budget" else self.heat,
             "rate": self.rate if not distils and form == "linear" and how.twice else None,
             "capacity": None if distils and self.objective != "budget" else self.capacity,
+            "quality": None if self.objective == "spkv" else self.quality,
         }
         wanting = {"heat": "budget", "capacity": "decay"} if how.targets and distils else {}
         for name, value in unused.items():
@@ -221,13 +224,19 @@ class Plan:
             warm=(self.heat or (Recipe.warm,))[0],
             cold=(self.heat or (Recipe.cold,))[-1],
             capacity=1.0 if self.capacity is None else self.capacity,
-            surprisal=float(target in how.surprised) if self.surprisal is None else self.surprisal,
+            surprisal=self._surprisal(),
+            quality=self.quality or 0.0,
             scope=self.scope or how.scope,
             ageing=how.ageing,
             falling=how.falling,
             window=how.policy.window,
             seed=self.seed,
         )
+
+    def _surprisal(self) -> float:
+        if self.surprisal is not None:
+            return self.surprisal
+        return float(self.objective in self.how.surprised and not self.quality)
 
     def _rate(self) -> float:
         if self.joint:
@@ -255,10 +264,10 @@ class Plan:
             found |= {"target": recipe.target, "steps": recipe.steps}
             found |= {"rate": recipe.rate, "bias_rate": recipe.bias_rate}
             found |= {"surprisal": recipe.surprisal} if recipe.surprisal else {}
+            found |= {"quality": recipe.quality} if recipe.quality else {}
             soft = recipe.target == "budget"
             found |= {"warm": recipe.warm, "cold": recipe.cold} if soft else {"capacity": recipe.capacity}
         found |= {"scope": recipe.scope, "window": recipe.window}
-        found |= ({"recall": self.recall} if self.recall else {}) | (
-            {"start": Path(self.start).name} if self.start else {}
-        )
+        found |= {"recall": self.recall} if self.recall else {}
+        found |= {"start": Path(self.start).name} if self.start else {}
         return found | ({"lora": self.lora, "full": self.full} if self.joint else {})

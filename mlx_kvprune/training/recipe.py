@@ -28,6 +28,7 @@ class Recipe:
         capacity: weight of the capacity loss; ``budget`` has none.
         surprisal: weight of the next token's loss.
         density: share of the tokens outside the window that ``spkv`` may write.
+        quality: divergence in nats that a text may cost, ``spkv``: as little as keeps it is written; 0: ``density`` instead.
         compression: that ``dms`` is led to.
         scope: who competes for a budget (see ``Bounds``).
         ageing: scores fall as tokens grow older.
@@ -46,6 +47,7 @@ class Recipe:
     capacity: float = 1.0
     surprisal: float = 0.0
     density: float = 1 / 8
+    quality: float = 0.0
     compression: float = 16.0
     scope: str = "global"
     ageing: bool = True

@@ -95,6 +95,22 @@ def test_every_method_writes_a_file_that_its_policy_takes(tiny, book, tmp_path, 
     reads(tiny, method, told["out"])
 
 
+def test_spkv_can_be_asked_for_a_quality(tiny, book, tmp_path, capsys):
+    """The last gates count, and the card says what they keep on their own."""
+    out = tmp_path / "g.safetensors"
+    quality = ["--method", "spkv", "--quality", "0.05", "--steps", "4", "--check", "2"]
+    code, _, stderr = call(capsys, *arguments(tiny, book, out, *quality))
+    assert code == 0, stderr
+    looks = re.findall(r"step (\d) of 4: held-out KL .*; (\S+) with the (\d+)% above 0.5", stderr)
+    assert [step for step, _, _ in looks] == ["0", "2", "4"]
+    card = files.read_card(out)
+    own = card.quality[-1]
+    assert own["threshold"] == "0.5" and own["kl"] == pytest.approx(float(looks[-1][1]), abs=1e-4)
+    assert card.settings["quality"] == 0.05 and "surprisal" not in card.settings
+    code, _, stderr = call(capsys, *arguments(tiny, book, tmp_path / "r", "--quality", "0.05"))
+    assert code == 2 and "[quality] would have no effect here" in stderr
+
+
 def test_adapters_are_mlx_lms_own(tiny, book, tmp_path, capsys):
     out = tmp_path / "g.safetensors"
     code, _, stderr = call(capsys, *arguments(tiny, book, out, "--method", "spkv", "--lora", "2", "--steps", "2"))

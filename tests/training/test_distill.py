@@ -18,7 +18,7 @@ from mlx_kvprune.gates.structure import worth
 from mlx_kvprune.training import student
 from mlx_kvprune.training.bias import Bias
 from mlx_kvprune.training.calibrate import Quality, as_saved
-from mlx_kvprune.training.distill import Distiller, held_out, loss_of, raws_of
+from mlx_kvprune.training.distill import Distiller, held_out, loss_of, output_loss, raws_of
 from mlx_kvprune.training.joint import JointDistiller, let_learn
 from mlx_kvprune.training.methods import METHODS
 from mlx_kvprune.training.objective import Bounds, budget_biases, decay_biases, divergence
@@ -128,6 +128,17 @@ def test_every_objective_lowers_its_loss(model, pool, target):
     for _ in range(25):
         distiller.step(pool)
     assert loss() < before
+
+
+def test_a_quality_that_is_kept_costs_nothing(model, pool):
+    """Beyond it the loss is how far beyond, as a multiple of it."""
+    example = Example(pool[0], 256, bounds_of(200, recipe("spkv")))
+    logits = mx.random.normal((example.length, zoo.VOCAB), key=mx.random.key(0))
+    plain, kl = output_loss(logits, example, recipe("spkv"))
+    assert plain.item() == kl.item() > 0
+    for quality in (0.5 * kl.item(), 2 * kl.item()):
+        counted, same = output_loss(logits, example, recipe("spkv", quality=quality))
+        assert counted.item() == pytest.approx(max(0.0, kl.item() / quality - 1), rel=1e-5) and same.item() == kl.item()
 
 
 def test_distillation_lowers_the_held_out_kl(model, pool, held):

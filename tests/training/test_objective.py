@@ -169,6 +169,15 @@ def test_spkv_is_led_to_its_density(step, allowed):
     assert written == pytest.approx(1 - allowed, abs=1e-6) and dropped == 0
 
 
+@pytest.mark.parametrize("step", [0, 50])
+def test_spkv_pays_for_all_that_is_written_where_a_quality_is_asked_for(step):
+    example, recipe = Example(None, START, BOUNDS), Recipe("spkv", steps=100, quality=0.1)  # type: ignore[arg-type]
+    raws = [mx.array(x) for x in drawn(0)]
+    outside = [1 / (1 + np.exp(-np.array(x)[:, 4:-12].astype(np.float64))) for x in raws]  # no sinks, no window
+    expected = np.concatenate([x.reshape(-1) for x in outside]).mean()
+    assert spkv.written_beyond(raws, example, recipe, step).item() == pytest.approx(expected, rel=1e-5)
+
+
 def test_spkv_gates_are_hard_at_the_end():
     raw, recipe = mx.array([[-2.0, -0.1, 0.1, 2.0]]), Recipe("spkv", steps=100)
     soft, hard = (np.array(spkv.written(raw, recipe, step))[0] for step in (75, 100))

@@ -3,6 +3,9 @@
 As published the model learns with its gates, from the next token alone (``joint``). A model that stays as it is hardly makes
 them sparse, so that a capacity term leads their mean to a density. In the last quarter ``(1 - a) u + a [u >= tau]`` with ``a``
 from 0 to 1 takes the place of ``u``, and what training saw is what the cache will do.
+
+A density makes all texts alike. ``Recipe.quality`` asks for a divergence instead: the output counts only where it is beyond,
+and all that is written costs something, so that texts that need little get little.
 """
 
 from __future__ import annotations
@@ -35,7 +38,9 @@ def biases(raws: Raws, example: Example, recipe: Recipe, step: int) -> list[Bias
 
 
 def written_beyond(raws: Raws, example: Example, recipe: Recipe, step: int) -> mx.array:
-    """What the mean of ``u`` is above the density, which falls from one in the first half."""
-    allowed = 1 + (recipe.density - 1) * ramp(step, recipe, 0.0, LED)
+    """What the mean of ``u`` is above the density, which falls from one in the first half; with a quality, that mean."""
     mean = mx.concatenate([outside(written(raw, recipe, step), example.bounds) for raw in raws]).mean()
+    if recipe.quality:
+        return mean
+    allowed = 1 + (recipe.density - 1) * ramp(step, recipe, 0.0, LED)
     return mx.maximum(mean - allowed, 0.0)
