@@ -200,6 +200,16 @@ Recall = Annotated[
         "may be about.",
     ),
 ]
+Answers = Annotated[
+    float,
+    _option(
+        "--answers",
+        panel=TEXT,
+        metavar="SHARE",
+        help="Of this share of the texts 1,024 tokens are read, and the model is asked about them: gates learn what it needs "
+        "while it speaks.",
+    ),
+]
 Out = Annotated[
     Path | None, _option("--out", panel=FILES, metavar="FILE", help="The gate file. Default: gates-METHOD.safetensors.")
 ]
@@ -232,6 +242,7 @@ class TextOptions:
     memory: Memory = 4.0
     fresh: Fresh = None
     recall: Recall = 0.0
+    answers: Answers = 0.0
 
 
 @dataclass(frozen=True)
@@ -302,7 +313,8 @@ def plan_of(model: ModelOptions, how: HowOptions, text: TextOptions) -> Plan:
     scope = None if how.uniform is None else "head" if how.uniform else "global"
     given: Fields = {k: v for k, v in vars(how).items() if k not in ("uniform", "minutes", "heat")}
     given |= {"heat": None if how.heat is None else heat_of(how.heat)}
-    given |= {"scope": scope, "texts": text.texts, "tokens": text.tokens, "fresh": text.fresh, "recall": text.recall}
+    given |= {"scope": scope, "texts": text.texts, "tokens": text.tokens, "fresh": text.fresh}
+    given |= {"recall": text.recall, "answers": text.answers}
     given |= {"data": _names(text.data), "held_out": _names(text.held_out), "memory": int(text.memory * 10**9)}
     return Plan(model=model.model + (f" ({model.dtype})" if model.dtype else ""), **given).checked()
 

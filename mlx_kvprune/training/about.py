@@ -17,6 +17,7 @@ from mlx_kvprune.training.plan import Plan
 from mlx_kvprune.training.texts import credits
 
 WOVEN = "invented facts woven into them, generated"
+SPOKEN = "conversations that the model had about them"
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Ran:
         steps: of distillation that were taken.
         held: texts that were held at a time.
         read: texts that were read to train on.
+        tokens: that these have together.
         measured: texts that were measured on.
     """
 
@@ -37,6 +39,7 @@ class Ran:
     steps: int
     held: int
     read: int
+    tokens: int
     measured: int
 
 
@@ -62,8 +65,8 @@ def card_of(
         method=plan.method,
         model=plan.model,
         stage="+".join(plan.stages),
-        data=credits(plan.data) + ((WOVEN,) if plan.recall else ()),
-        tokens=ran.read * plan.length,
+        data=credits(plan.data) + ((WOVEN,) if plan.recall else ()) + ((SPOKEN,) if plan.answers else ()),
+        tokens=ran.tokens,
         minutes=f"{ran.seconds / 60:.1f} on {machine()}",
         budget=f"1/{1 / most:.0f} to 1/{1 / least:.0f}" if budgeted else "",
         thresholds=thresholds,

@@ -15,7 +15,7 @@ from mlx_kvprune.attach import hooked
 from mlx_kvprune.gates import Gates
 from mlx_kvprune.gates import files as gate_files
 from mlx_kvprune.ladder import trained_context
-from mlx_kvprune.training import checkpoint
+from mlx_kvprune.training import checkpoint, spoken
 from mlx_kvprune.training.about import Ran, card_of
 from mlx_kvprune.training.calibrate import Quality, as_saved
 from mlx_kvprune.training.checkpoint import Progress
@@ -33,6 +33,7 @@ from mlx_kvprune.training.whitening import Whitening
 
 BEST, WHITENING = "best.", "whitening."  # prefixes of a checkpoint's arrays
 LEVELLED = 4  # texts that say where decay starts
+SPEAKS = 1  # of the seeds of texts: whether the n-th is a conversation
 
 
 class Watch(Protocol):
@@ -119,7 +120,8 @@ class _Training:
     """What is there while a training runs."""
 
     def __init__(self, model: nn.Module, tokenizer: Any, plan: Plan, out: Path, watch: Watch, minutes: float | None):
-        self.model, self.plan, self.out, self.watch, self.minutes = model, plan, out, watch, minutes
+        self.model, self.tokenizer, self.plan, self.out = model, tokenizer, plan, out
+        self.watch, self.minutes = watch, minutes
         self.began, self.before = time.monotonic(), 0.0
         texts = Texts.of(tokenizer, plan.data, plan.seed, plan.recall)
         self.texts, self.others = texts.split(plan.length)
@@ -176,9 +178,22 @@ class _Training:
     # -- texts -------------------------------------------------------------------------------------------------------
 
     def _text(self, n: int) -> Reading:
-        tokens = self.texts.excerpt(n, self.plan.length)
+        length = self._length(n)
+        if self._speaks(n):
+            document = self.tokenizer.decode(self.texts.excerpt(n, length // 2))
+            tokens = spoken.spoken(self.model, self.tokenizer, document, length, (self.plan.seed, n))
+        else:
+            tokens = self.texts.excerpt(n, length)
         more: dict[str, Any] = {"twice": self.plan.how.twice, "outputs": DISTILL in self.plan.stages}
         return read(self.model, tokens, self.plan.recipe.window, grams=self.grams, **more)
+
+    def _speaks(self, n: int) -> bool:
+        """Whether the ``n``-th text is a conversation."""
+        return np.random.default_rng((self.plan.seed, n, SPEAKS)).random() < self.plan.answers
+
+    def _length(self, n: int) -> int:
+        """Tokens of the ``n``-th text."""
+        return min(spoken.LONGEST, self.plan.length) if self._speaks(n) else self.plan.length
 
     def _read_held(self) -> list[Reading]:
         found = []
@@ -320,7 +335,9 @@ class _Training:
         measured = thresholds | ({f"{TAU:g}": TAU} if self.plan.quality else {})
         rows += quality.threshold_rows(self.model, measured)
         adapters = self._save_adapters()
-        about = Ran(self.plan, self.seconds, progress.done, self.pool.size, self._texts_read(progress), len(self.held))
+        read = self._texts_read(progress)
+        tokens = sum(self._length(n) for n in range(read))
+        about = Ran(self.plan, self.seconds, progress.done, self.pool.size, read, tokens, len(self.held))
         card = card_of(about, thresholds, rows, self._without_outputs(), adapters)
         card = replace(card, settings={**card.settings, **quality.structure()})
         path = checkpoint.write(lambda: gate_files.save(self.out, quality.gates, self.model, card), self.out)

@@ -50,6 +50,7 @@ class Plan:
         lora: rank of adapters of the model that learn with the gates; 0 for none.
         full: all weights of the model learn with the gates.
         recall: share of the texts that have facts woven in which come back later (see ``recall``).
+        answers: share of the texts that the model itself goes on with, in a conversation (see ``spoken``).
         start: a gate file to go on from instead of the first stage.
     """
 
@@ -79,6 +80,7 @@ class Plan:
     lora: int = 0
     full: bool = False
     recall: float = 0.0
+    answers: float = 0.0
     start: str = ""
 
     def checked(self) -> Plan:
@@ -122,8 +124,9 @@ class Plan:
         if self.tokens is not None and (self.tokens < 2 * SEGMENT or self.tokens % SEGMENT):
             near = max(2 * SEGMENT, self.tokens // SEGMENT * SEGMENT)
             raise ValueError(f"[tokens] must be a multiple of {SEGMENT}, at least 512; got {self.tokens}; try {near}")
-        if not 0 <= self.recall <= 1:
-            raise ValueError(f"[recall] must be a share from 0 to 1; got {self.recall:g}; try 0.5")
+        for name in ("recall", "answers"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"[{name}] must be a share from 0 to 1; got {getattr(self, name):g}; try 0.5")
         for name in ("rate", "bias_rate", "quality"):
             value, flag = getattr(self, name), name.replace("_", "-")
             if value is not None and not 0 < value < 1e6:
@@ -269,5 +272,6 @@ class Plan:
             found |= {"warm": recipe.warm, "cold": recipe.cold} if soft else {"capacity": recipe.capacity}
         found |= {"scope": recipe.scope, "window": recipe.window}
         found |= {"recall": self.recall} if self.recall else {}
+        found |= {"answers": self.answers} if self.answers else {}
         found |= {"start": Path(self.start).name} if self.start else {}
         return found | ({"lora": self.lora, "full": self.full} if self.joint else {})

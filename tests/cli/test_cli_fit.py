@@ -111,6 +111,22 @@ def test_spkv_can_be_asked_for_a_quality(tiny, book, tmp_path, capsys):
     assert code == 2 and "[quality] would have no effect here" in stderr
 
 
+def test_the_model_goes_on_with_a_share_of_the_texts(tiny, book, tmp_path, capsys):
+    out = tmp_path / "g.safetensors"
+    share = ["--stage", "utility", "--texts", "6", "--tokens", "2304", "--answers", "0.5"]
+    code, _, stderr = call(capsys, *arguments(tiny, book, out, *share))
+    assert code == 0, stderr
+    card = files.read_card(out)
+    spoke = (6 * 2304 - card.tokens) // 256  # conversations are 256 tokens shorter
+    assert (
+        0 < spoke < 6
+        and card.data[1] == "conversations that the model had about them"
+        and card.settings["answers"] == 0.5
+    )
+    code, _, stderr = call(capsys, *arguments(tiny, book, tmp_path / "r", "--answers", "2"))
+    assert code == 2 and "[answers] must be a share from 0 to 1; got 2; try 0.5" in stderr
+
+
 def test_adapters_are_mlx_lms_own(tiny, book, tmp_path, capsys):
     out = tmp_path / "g.safetensors"
     code, _, stderr = call(capsys, *arguments(tiny, book, out, "--method", "spkv", "--lora", "2", "--steps", "2"))

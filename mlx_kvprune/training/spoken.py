@@ -1,0 +1,82 @@
+"""Conversations that the model itself has about a text, so that gates see its own answers, its template and its questions.
+
+Whoever trains on what people wrote alone never sees a model speak: not its template's tokens, not the question that stands
+between a text and a long answer. The model answers with its full cache; tokens are drawn at ``HEAT``: its likeliest ones loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx_lm.models.cache import make_prompt_cache
+
+from mlx_kvprune.evals.conditions import feed
+from mlx_kvprune.evals.turns import rendered
+
+LONGEST = 2048  # tokens of a conversation: a half is the text, and what is said takes a second pass for each token
+TURN = 256  # tokens of an answer at most
+HEAT = 0.7  # temperature of sampling
+FIRST = (
+    "Summarize the text above.",
+    "What is this about? Explain it to somebody who has not read it.",
+    "List the most important points.",
+    "Go through it step by step, and say what each part is for.",
+    "Which names and terms occur, and what do they mean here?",
+    "Write what comes next.",
+)
+LATER = (
+    "Why?",
+    "Go on.",
+    "Give an example.",
+    "Say the same in simpler words.",
+    "What did you leave out?",
+    "Think about it again, slowly, and say what follows from it.",
+    "Which part do you find hardest, and how would you explain that?",
+    "Ask yourself a question about the text, and answer it.",
+    "What would somebody say who disagrees?",
+)
+
+
+def spoken(model: nn.Module, tokenizer: Any, document: str, length: int, seed: Sequence[int]) -> list[int]:
+    """A conversation about a document, in the chat template if there is one: ``length`` tokens.
+
+    Args:
+        model: of mlx-lm; it answers with its full cache.
+        tokenizer: its tokenizer.
+        document: is part of the first question.
+        length: after so many tokens it is cut.
+        seed: of what is asked and answered.
+    """
+    rng, ends = np.random.default_rng(seed), set(getattr(tokenizer, "eos_token_ids", ()))
+    turns: list[tuple[str, str]] = []
+    caches, known = make_prompt_cache(model), []
+    while True:
+        asked = str(rng.choice(LATER)) if turns else f"{document}\n\n{rng.choice(FIRST)}"
+        prompt = rendered(tokenizer, turns, asked)
+        if prompt[: len(known)] != known or len(prompt) <= len(known):  # an answer is not always encoded as it was said
+            caches, known = make_prompt_cache(model), []
+        feed(model, prompt[len(known) : -1], caches)
+        said = _answer(model, prompt[-1], caches, min(TURN, length), ends, rng)
+        known = [*prompt, *said[:-1]]
+        turns.append((asked, tokenizer.decode(said)))
+        tokens = rendered(tokenizer, turns)
+        if len(tokens) >= length:
+            return tokens[:length]
+
+
+def _answer(
+    model: Any, token: int, caches: list[Any], most: int, ends: set[int], rng: np.random.Generator
+) -> list[int]:
+    """Tokens drawn one after the other, up to ``most`` or the end, which is not among them."""
+    said: list[int] = []
+    while len(said) < most:
+        logits = model(mx.array([[token]]), cache=caches)[0, -1].astype(mx.float32)
+        token = int(mx.random.categorical(logits / HEAT, key=mx.random.key(int(rng.integers(2**32)))).item())
+        if token in ends:
+            break
+        said.append(token)
+    return said
