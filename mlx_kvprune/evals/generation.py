@@ -1,11 +1,13 @@
 """Generation: a greedy continuation against the full cache's: how long, whether it loops, where it leaves the other.
 
 Eviction and quantization lengthen answers and make loops (ThinKV reports up to five times the length; arXiv 2510.01290);
-scores that force the answer do not see it.
+scores that force the answer do not see it. Small models loop by themselves, and another token at the start gives another
+answer: so the full cache also reads what was said, and ``own_kl`` and ``own_agreement`` tell what it would have said instead.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +15,8 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_kvprune.evals.asking import prompt
-from mlx_kvprune.evals.conditions import SIZES, Condition, feed, held
+from mlx_kvprune.evals.conditions import FULL, SIZES, Condition, feed, held
+from mlx_kvprune.evals.fidelity import compare
 from mlx_kvprune.evals.job import Job, Measured, Task, Tick, which_texts
 from mlx_kvprune.evals.store import Unit, by_condition, named
 from mlx_kvprune.evals.texts import excerpts
@@ -33,28 +36,53 @@ def measure(job: Job, text: str, conditions: Sequence[Condition], tick: Tick) ->
     """What each condition says."""
     ids = prompt(job.tokenizer, text, QUESTION, "")
     ends: set[int] = set(getattr(job.tokenizer, "eos_token_ids", ()))
+    prompted = FULL.caches(job.model)
+    feed(job.model, ids[:-1], prompted)
+    tick(job.haystack)
     for condition in conditions:
-        caches = condition.caches(job.model)
-        said = greedy(job.model, ids, caches, job.answer_tokens, ends)
+        if condition.is_full:
+            caches = copy.deepcopy(prompted)
+        else:
+            caches = condition.caches(job.model)
+            feed(job.model, ids[:-1], caches)
+        said, logits = greedy(job.model, ids[-1], caches, job.answer_tokens, ends)
+        own = own_words(job.model, copy.deepcopy(prompted), [ids[-1], *said], logits)
         tick(job.haystack + job.answer_tokens)
-        yield condition, {"said": said, "most": job.answer_tokens, "prompt_tokens": len(ids), **held(caches)}
+        answer = {"said": said, "most": job.answer_tokens, "prompt_tokens": len(ids)}
+        yield condition, {**answer, **own, **held(caches)}
 
 
-def greedy(model: Any, ids: Sequence[int], caches: list[Any], most: int, ends: set[int]) -> list[int]:
-    """The likeliest next tokens, up to ``most`` or the end; the end is not among them."""
-    feed(model, ids[:-1], caches)
-    token, said = ids[-1], []
+def greedy(model: Any, token: int, caches: list[Any], most: int, ends: set[int]) -> tuple[list[int], mx.array]:
+    """The likeliest tokens after ``token``, up to ``most`` or the end, which is not among them; and the logits of each, and of
+    the end ``(L, vocab)``.
+    """
+    said, logits = [], []
     while len(said) < most:
-        token = int(model(mx.array([[token]]), cache=caches)[0, -1].argmax().item())
+        logits.append(model(mx.array([[token]]), cache=caches)[0, -1])
+        token = int(logits[-1].argmax().item())
         if token in ends:
             break
         said.append(token)
-    return said
+    return said, mx.stack(logits)
+
+
+def own_words(model: Any, prompted: list[Any], words: Sequence[int], logits: mx.array) -> dict[str, float]:
+    """What the full cache thinks of an answer, given the answer so far: KL from its predictions in nats, and how often it would
+    have said the same.
+
+    Args:
+        prompted: full caches of the prompt without its last token; they are written to.
+        words: the prompt's last token, and the answer.
+        logits: what was predicted after each of them; all but the last, if the answer was cut.
+    """
+    full = model(mx.array([words[: len(logits)]]), cache=prompted)[0]
+    kl, _, _, agrees = compare(full, logits, logits.argmax(axis=-1))
+    return {"own_kl": float(kl.mean()), "own_agreement": float(agrees.mean())}
 
 
 def work(job: Job, text: str, conditions: Sequence[Condition]) -> int:
     """How many tokens ``measure`` sends through the model."""
-    return (job.haystack + job.answer_tokens) * len(conditions)
+    return job.haystack + (job.haystack + job.answer_tokens) * len(conditions)
 
 
 def loops(said: Sequence[int], longest: int = LONGEST_PERIOD, repeats: int = REPEATS) -> bool:
@@ -91,9 +119,15 @@ def _row(units: Sequence[Unit], full: dict[int, dict[str, Any]]) -> dict[str, An
         "cut": sum(len(a["said"]) == a["most"] for a, _ in pairs),
         "loops": sum(loops(a["said"]) for a, _ in pairs),
         "same": float(np.mean([diverges(a["said"], b["said"]) for a, b in pairs])),
+        **{name: _mean([a.get(name) for a, _ in pairs]) for name in ("own_kl", "own_agreement")},
         "prompt_tokens": max(a["prompt_tokens"] for a, _ in pairs),
         **{name: max(a[name] for a, _ in pairs) for name in SIZES},
     }
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    """None where results are from before it was measured."""
+    return None if None in values else float(np.mean(values))
 
 
 def _own(job: Job) -> dict[str, int]:
