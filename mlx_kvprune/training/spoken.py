@@ -41,7 +41,15 @@ LATER = (
 )
 
 
-def spoken(model: nn.Module, tokenizer: Any, document: str, length: int, seed: Sequence[int]) -> list[int]:
+def spoken(
+    model: nn.Module,
+    tokenizer: Any,
+    document: str,
+    length: int,
+    seed: Sequence[int],
+    first: Sequence[str] = FIRST,
+    later: Sequence[str] = LATER,
+) -> list[int]:
     """A conversation about a document, in the chat template if there is one: ``length`` tokens.
 
     Args:
@@ -50,12 +58,14 @@ def spoken(model: nn.Module, tokenizer: Any, document: str, length: int, seed: S
         document: is part of the first question.
         length: after so many tokens it is cut.
         seed: of what is asked and answered.
+        first: one of these is asked about the document.
+        later: and these after it.
     """
     rng, ends = np.random.default_rng(seed), set(getattr(tokenizer, "eos_token_ids", ()))
     turns: list[tuple[str, str]] = []
     caches, known = make_prompt_cache(model), []
     while True:
-        asked = str(rng.choice(LATER)) if turns else f"{document}\n\n{rng.choice(FIRST)}"
+        asked = str(rng.choice(later)) if turns else f"{document}\n\n{rng.choice(first)}"
         prompt = rendered(tokenizer, turns, asked)
         if prompt[: len(known)] != known or len(prompt) <= len(known):  # an answer is not always encoded as it was said
             caches, known = make_prompt_cache(model), []
