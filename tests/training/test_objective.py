@@ -178,6 +178,26 @@ def test_spkv_pays_for_all_that_is_written_where_a_quality_is_asked_for(step):
     assert spkv.written_beyond(raws, example, recipe, step).item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_spkv_draws_its_gates_where_a_quality_is_asked_for():
+    """Each with its chance, at the end by the threshold; and what is dropped learns as if it had a share of the attention."""
+    recipe = Recipe("spkv", steps=100, quality=0.1)
+    raws = [mx.full((4, 500), x) for x in (-1.0, 0.5)]
+    for step in (0, 60):
+        found = [np.array(x).round(6) for x in spkv.drawn(raws, recipe, step)]
+        assert all(set(np.unique(x)) == {0.0, 1.0} for x in found)
+        assert [x.mean() for x in found] == pytest.approx([1 / (1 + math.e), 1 / (1 + math.exp(-0.5))], abs=0.04)
+    assert [set(np.unique(np.array(x).round(6))) for x in spkv.drawn(raws, recipe, 100)] == [{0.0}, {1.0}]
+    logits, values = mx.array([1.0, 0.3, -0.2]), mx.array([2.0, -1.0, 0.5])
+    shares = mx.array([0.0, 1.0, 1.0])
+    read = lambda x: (mx.softmax(logits + mx.log(x + spkv.EPS)) * values).sum()
+    weights = np.exp(np.array(logits)) * np.array([1.0, 1.0, 1.0]) / np.exp(np.array(logits))[1:].sum()
+    mean = float(read(shares).item())
+    np.testing.assert_allclose(np.array(mx.grad(read)(shares)), weights * (np.array(values) - mean), rtol=1e-3)
+    below = mx.full((1, 192), -1.0)
+    pulled = mx.grad(lambda raw: mx.log(spkv.drawn([raw], recipe, 100)[0] + spkv.EPS).sum())(below)
+    assert (np.array(pulled) > 0).all()
+
+
 def test_spkv_gates_are_hard_at_the_end():
     raw, recipe = mx.array([[-2.0, -0.1, 0.1, 2.0]]), Recipe("spkv", steps=100)
     soft, hard = (np.array(spkv.written(raw, recipe, step))[0] for step in (75, 100))

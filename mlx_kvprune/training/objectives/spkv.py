@@ -5,7 +5,9 @@ them sparse, so that a capacity term leads their mean to a density. In the last 
 from 0 to 1 takes the place of ``u``, and what training saw is what the cache will do.
 
 A density makes all texts alike. ``Recipe.quality`` asks for a divergence instead: the output counts only where it is beyond,
-and all that is written costs something, so that texts that need little get little.
+and all that is written costs something, so that texts that need little get little. Gates are hard from the start then, with
+logistic noise that ends with the training: where nothing holds them up, soft ones sink until hardly any is above the threshold,
+and the model reads through them all the same.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ import mlx.core as mx
 from mlx_kvprune.training.bias import Bias
 from mlx_kvprune.training.objective import dropped_biases, outside
 from mlx_kvprune.training.objectives.base import Raws
+from mlx_kvprune.training.objectives.dms import HEAT, noisy
 from mlx_kvprune.training.recipe import Example, Recipe, ramp
 
 EPS = 1e-6
@@ -31,16 +34,27 @@ def written(raw: mx.array, recipe: Recipe, step: int) -> mx.array:
     return (1 - a) * u + a * hard
 
 
+def drawn(raws: Raws, recipe: Recipe, step: int) -> list[mx.array]:
+    """Zero or one, one with the chance ``u``, and at the end where ``u`` is at the threshold; the gradient is a sigmoid's."""
+    still = 1 - ramp(step, recipe, LAST, 1.0)
+    found = []
+    for raw, z in zip(raws, noisy(raws, recipe, step), strict=True):
+        soft = mx.sigmoid((raw + still * (z - raw)) / HEAT)
+        found.append((soft >= TAU).astype(mx.float32) + soft - mx.stop_gradient(soft))
+    return found
+
+
 def biases(raws: Raws, example: Example, recipe: Recipe, step: int) -> list[Bias]:
     """``log(u + eps)`` for keys older than the window."""
-    drops = [mx.log(mx.maximum(written(raw, recipe, step), 0.0) + EPS) for raw in raws]
+    shares = drawn(raws, recipe, step) if recipe.quality else [written(raw, recipe, step) for raw in raws]
+    drops = [mx.log(x + EPS) for x in shares]  # never below zero; what is dropped learns as if it were there
     return dropped_biases(drops, example.start, example.length, example.bounds)
 
 
 def written_beyond(raws: Raws, example: Example, recipe: Recipe, step: int) -> mx.array:
     """What the mean of ``u`` is above the density, which falls from one in the first half; with a quality, that mean."""
-    mean = mx.concatenate([outside(written(raw, recipe, step), example.bounds) for raw in raws]).mean()
     if recipe.quality:
-        return mean
+        return mx.concatenate([outside(mx.sigmoid(raw), example.bounds) for raw in raws]).mean()
+    mean = mx.concatenate([outside(written(raw, recipe, step), example.bounds) for raw in raws]).mean()
     allowed = 1 + (recipe.density - 1) * ramp(step, recipe, 0.0, LED)
     return mx.maximum(mean - allowed, 0.0)
