@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mlx_kvprune.cli.cache_options import Budget, CacheOptions, settings_of, with_effect
+from mlx_kvprune.cli.cache_options import AUTO, Budget, CacheOptions, decided, settings_of, with_effect
 from mlx_kvprune.cli.options import Json, ModelOptions, SamplingOptions, load, readable, spread
 from mlx_kvprune.settings import CacheSettings
 
@@ -52,7 +52,8 @@ Reader = Annotated[
     typer.Option(
         "--policy",
         metavar="NAME",
-        help=f"What is kept when the cache is full; see `policies`. Default: probe with one question, {SEVERAL} with several.",
+        help="What is kept when the cache is full; see `policies`. Default: probe with one question; with several retention if "
+        f"there are gates for the model, else {SEVERAL}.",
         rich_help_panel="Cache",
     ),
 ]
@@ -85,8 +86,9 @@ def ask(
     from mlx_kvprune.policy import knows_question
 
     questions = _questions(question)
-    wanted = cache.policy or ("probe" if len(questions) == 1 else SEVERAL)
-    chosen = [replace(cache, policy=wanted), *(_instead(cache, p) for p in compare or [])]
+    wanted = cache.policy or ("probe" if len(questions) == 1 else AUTO)
+    first = decided(replace(cache, policy=wanted), model.model, unlearned=SEVERAL)
+    chosen = [first, *(_instead(cache, p) for p in compare or [])]
     settings = [settings_of(c, sampling.seed) for c in chosen]
     reread = any(knows_question(s.policy) for s in settings) if reread is None else reread
     text = "\n\n".join(documents.read(path) for path in files)

@@ -16,8 +16,16 @@ if TYPE_CHECKING:
 
 CACHE, BITS = "Cache", "Quantized storage"  # panels of --help
 
+AUTO, LEARNED, UNLEARNED = "auto", "retention", "window"
 Policy = Annotated[
-    str, option("--policy", panel=CACHE, metavar="NAME", help="What is kept when the cache is full; see `policies`.")
+    str,
+    option(
+        "--policy",
+        panel=CACHE,
+        metavar="NAME",
+        help=f"What is kept when the cache is full; see `policies`. auto: {LEARNED} where gates come along with the model or "
+        f"are given with --gates, else {UNLEARNED}.",
+    ),
 ]
 Budget = Annotated[
     str,
@@ -174,7 +182,7 @@ KVFineBits = Annotated[
 class CacheOptions:
     """What the cache is to be; see ``settings_of``."""
 
-    policy: Policy = "window"
+    policy: Policy = AUTO
     budget: Budget = "1024"
     allocator: Allocator = "auto"
     gates: Gates = ""
@@ -201,6 +209,26 @@ THRESHOLD = "threshold"  # a hyper-parameter that has an option of its own
 Options = TypeVar("Options", bound=CacheOptions)
 BIT_FIELDS = ("kv_bits", "kv_key_bits", "kv_value_bits")
 NOT_FIELDS = ("sinks", "policy_option", "threshold")  # of ``CacheSettings``: these have another name or form there
+
+
+def decided(options: Options, model: str, unlearned: str = UNLEARNED) -> Options:
+    """The options with ``auto`` decided for a model of that name: learned gates where there are some, of the one method that
+    ``--gates`` has or of ``LEARNED``; else, and where these cannot work with the other options, ``unlearned``.
+    """
+    from mlx_kvprune.gates.files import methods_for
+
+    if options.policy != AUTO:
+        return options
+    found = methods_for(model, options.gates)
+    learned = replace(options, policy=found[0] if len(found) == 1 and options.gates else LEARNED)
+    if not options.gates:
+        if LEARNED not in found:
+            return replace(options, policy=unlearned)
+        try:
+            settings_of(learned)
+        except ValueError:  # a budget that is too small for it, say
+            return replace(options, policy=unlearned)
+    return learned
 
 
 def settings_of(options: CacheOptions, seed: int = 0, **more: Any) -> CacheSettings:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from mlx_kvprune.cli.cache_options import CacheOptions, settings_unasked
+from mlx_kvprune.cli.cache_options import CacheOptions, decided, settings_unasked
 from mlx_kvprune.cli.options import Json, ModelOptions, SamplingOptions, SystemPrompt, load, readable, spread
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ def chat(
     from mlx_kvprune.cli import output
     from mlx_kvprune.cli.conversation import Conversation
 
-    settings = settings_unasked(cache, sampling.seed)
+    settings = settings_unasked(decided(cache, model.model), sampling.seed)
     loaded, tokenizer = load(model)
     session = Chat(Conversation(loaded, tokenizer, settings, sampling, system_prompt))
     output.say(f"{model.model}; {settings.described()}. /help lists the commands.", "dim")

@@ -8,11 +8,12 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
 
-from mlx_kvprune.cli.cache_options import CacheOptions, fields_of, settings_unasked
+from mlx_kvprune.cli.cache_options import CACHE, UNLEARNED, CacheOptions, fields_of, settings_unasked
 from mlx_kvprune.cli.options import Dtype, Seed, spread
 from mlx_kvprune.cli.output import say
 from mlx_kvprune.settings import CacheSettings
@@ -42,8 +43,27 @@ Command = Annotated[
 ]
 
 
+Unbatched = Annotated[
+    str,
+    typer.Option(
+        "--policy",
+        metavar="NAME",
+        help="What is kept when the cache is full; see `policies`. Not learned gates by default, for one budget over all heads "
+        "is not batched, and a server would answer one request after the other.",
+        rich_help_panel=CACHE,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class ExecCache(CacheOptions):
+    """As elsewhere, but for batches."""
+
+    policy: Unbatched = UNLEARNED
+
+
 @spread
-def exec_(cache: CacheOptions, command: Command = None, dtype: Dtype = None, seed: Seed = 0) -> None:
+def exec_(cache: ExecCache, command: Command = None, dtype: Dtype = None, seed: Seed = 0) -> None:
     """Run a verb of mlx-lm with bounded caches: generate, chat, server, evaluate, perplexity, benchmark, cache_prompt.
 
     Options of the cache come before the `--`, mlx-lm's own after it. Names that `models` lists may be given to --model.

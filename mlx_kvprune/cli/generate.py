@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-from mlx_kvprune.cli.cache_options import CacheOptions, caches, settings_unasked
+from mlx_kvprune.cli.cache_options import CacheOptions, caches, decided, settings_unasked
 from mlx_kvprune.cli.options import (
     IgnoreChatTemplate,
     Json,
@@ -46,7 +46,7 @@ def generate(
 
     The text goes to standard output as it is generated, what it cost to standard error.
     """
-    settings = settings_unasked(cache, sampling.seed)
+    settings = settings_unasked(decided(cache, model.model), sampling.seed)
     text = read_prompt(prompt)
     loaded, tokenizer = load(model)
     tokens = encode(tokenizer, text, system_prompt, ignore_chat_template)

@@ -9,7 +9,7 @@ from tiny_gates import random_gates
 
 import mlx_kvprune as kvp
 from mlx_kvprune.cli import main as cli
-from mlx_kvprune.cli.cache_options import CacheOptions, policy_options, settings_of, side_by_side
+from mlx_kvprune.cli.cache_options import CacheOptions, decided, policy_options, settings_of, side_by_side
 from mlx_kvprune.gates import files
 from mlx_kvprune.gates.files import Card
 from mlx_kvprune.policy import POLICIES
@@ -35,7 +35,11 @@ def test_policies_say_how_they_share_and_who_needs_gates(capsys):
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
-        ("--gates g.safetensors", "[gates] would have no effect; got g.safetensors; try it with --policy retention or"),
+        ("--gates g.safetensors", "[gates] no such file or repository; got 'g.safetensors'"),
+        (
+            "--policy window --gates g.safetensors",
+            "[gates] would have no effect; got g.safetensors; try it with --policy retention or",
+        ),
         ("--policy spkv --allocator uniform", "got allocator uniform; try --allocator head_adaptive or global, or"),
         ("--policy spkv --kv-bits 4 --kv-fine-tokens 32", "got 32 fine tokens; try --kv-fine-tokens 0, or"),
         ("--policy spkv --policy-option threshold=high", "threshold must be a number; got 'high'; try threshold=0.5"),
@@ -91,6 +95,32 @@ def test_the_policy_shares_its_own_way_unless_told():
     assert settings_of(CacheOptions("window")).allocator == "uniform"
     assert settings_of(CacheOptions("retention")).allocator == "global"
     assert settings_of(CacheOptions("retention", allocator="uniform")).allocator == "uniform"
+
+
+@pytest.mark.parametrize(
+    ("options", "model", "expected"),
+    [
+        ({}, "smollm2-135m", "retention"),  # its gates come along
+        ({"budget": "8MB", "kv_bits": 4}, "smollm2-135m", "retention"),
+        ({}, "gemma3-270m", "window"),
+        ({}, "/no/such/model", "window"),
+        ({"budget": "48"}, "smollm2-135m", "window"),  # too small for gates
+        ({"policy": "knorm"}, "smollm2-135m", "knorm"),
+    ],
+)
+def test_the_policy_follows_from_what_there_is(options, model, expected):
+    assert decided(CacheOptions(**options), model).policy == expected
+
+
+def test_the_policy_is_that_of_the_gates_that_are_given(tiny, tmp_path):
+    model = kvp.load(str(tiny))[0]
+    gates = random_gates("mlp", [2] * len(model.layers), width=model.args.hidden_size)
+    one = files.save(tmp_path / "kvzap", gates, model, Card("kvzap"))
+    assert decided(CacheOptions(gates=str(one)), "gemma3-270m").policy == "kvzap"
+    assert decided(CacheOptions(gates=str(tmp_path)), "gemma3-270m").policy == "kvzap"
+    files.save(tmp_path / "spkv", gates, model, Card("spkv"))
+    assert decided(CacheOptions(gates=str(tmp_path)), "gemma3-270m").policy == "retention", "which of two, nobody knows"
+    assert decided(CacheOptions(gates="owner/name"), "gemma3-270m").policy == "retention"
 
 
 def test_generate_with_a_gate_file(tiny, tmp_path, capsys):
