@@ -127,7 +127,8 @@ def _row(units: Sequence[Unit], full: dict[int, dict[str, Any]]) -> dict[str, An
 
 def _mean(values: Sequence[float | None]) -> float | None:
     """None where results are from before it was measured."""
-    return None if None in values else float(np.mean(values))
+    known = [x for x in values if x is not None]
+    return float(np.mean(known)) if len(known) == len(values) else None
 
 
 def _own(job: Job) -> dict[str, int]:

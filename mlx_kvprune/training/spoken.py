@@ -61,7 +61,8 @@ def spoken(
         first: one of these is asked about the document.
         later: and these after it.
     """
-    rng, ends = np.random.default_rng(seed), set(getattr(tokenizer, "eos_token_ids", ()))
+    rng = np.random.default_rng(seed)
+    ends: set[int] = set(getattr(tokenizer, "eos_token_ids", ()))
     turns: list[tuple[str, str]] = []
     caches, known = make_prompt_cache(model), []
     while True:
@@ -85,7 +86,8 @@ def _answer(
     said: list[int] = []
     while len(said) < most:
         logits = model(mx.array([[token]]), cache=caches)[0, -1].astype(mx.float32)
-        token = int(mx.random.categorical(logits / HEAT, key=mx.random.key(int(rng.integers(2**32)))).item())
+        drawn: Any = mx.random.categorical(logits / HEAT, key=mx.random.key(int(rng.integers(2**32))))
+        token = int(drawn.item())
         if token in ends:
             break
         said.append(token)
