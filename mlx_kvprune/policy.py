@@ -192,6 +192,10 @@ def find(name: str) -> Policy:
     """
     if name in POLICIES:
         return POLICIES[name]
+    if name == "auto":
+        raise ValueError(
+            f"[policy] auto is for generate, chat and ask; got it elsewhere; try one of: {', '.join(POLICIES)}"
+        )
     near = difflib.get_close_matches(name, POLICIES, n=1)
     hint = repr(near[0]) if near else f"one of: {', '.join(POLICIES)}"
     raise ValueError(f"[policy] unknown; got {name!r}; try {hint}")

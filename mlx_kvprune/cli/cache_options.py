@@ -23,8 +23,8 @@ Policy = Annotated[
         "--policy",
         panel=CACHE,
         metavar="NAME",
-        help=f"What is kept when the cache is full; see `policies`. auto: {LEARNED} where gates come along with the model or "
-        f"are given with --gates, else {UNLEARNED}.",
+        help=f"What is kept when the cache is full; see `policies`. auto: {LEARNED} where gates come along (smollm2-135m), "
+        f"what the gates of --gates are for, else {UNLEARNED}.",
     ),
 ]
 Budget = Annotated[
@@ -212,23 +212,44 @@ NOT_FIELDS = ("sinks", "policy_option", "threshold")  # of ``CacheSettings``: th
 
 
 def decided(options: Options, model: str, unlearned: str = UNLEARNED) -> Options:
-    """The options with ``auto`` decided for a model of that name: learned gates where there are some, of the one method that
-    ``--gates`` has or of ``LEARNED``; else, and where these cannot work with the other options, ``unlearned``.
-    """
-    from mlx_kvprune.gates.files import methods_for
+    """The options with ``auto`` decided: the policy of ``--gates``, or learned gates that come along with the known model of
+    that name, if the budget has room for them, else ``unlearned``.
 
+    Raises:
+        ValueError: gates of several methods, none of which is ``LEARNED``; or no gates at ``--gates``.
+    """
     if options.policy != AUTO:
         return options
-    found = methods_for(model, options.gates)
-    learned = replace(options, policy=found[0] if len(found) == 1 and options.gates else LEARNED)
-    if not options.gates:
-        if LEARNED not in found:
-            return replace(options, policy=unlearned)
-        try:
-            settings_of(learned)
-        except ValueError:  # a budget that is too small for it, say
-            return replace(options, policy=unlearned)
+    if options.gates:
+        return replace(options, policy=_policy_of(options.gates))
+    learned = replace(options, policy=LEARNED)
+    if not _comes_along(model):
+        return replace(options, policy=unlearned)
+    try:
+        check_budget(_unchecked(learned))
+    except ValueError as error:
+        if not str(error).startswith("[budget]"):
+            raise
+        return replace(options, policy=unlearned)
     return learned
+
+
+def _policy_of(gates: str) -> str:
+    """The policy that asks the gates at a place."""
+    from mlx_kvprune.cli.gates import cards_at
+
+    found = list(dict.fromkeys(card.method for _, card in cards_at(gates)))
+    if len(found) > 1 and LEARNED not in found:
+        raise ValueError(f"[policy] {gates} has gates of several; got none; try --policy {' or '.join(found)}")
+    return found[0] if len(found) == 1 else LEARNED
+
+
+def _comes_along(model: str) -> bool:
+    """Whether gates of ``LEARNED`` come along with a known model."""
+    from mlx_kvprune.gates.files import embedded
+    from mlx_kvprune.models import known_models
+
+    return model in {card.name for card in known_models()} & {path.parent.name for path in embedded(LEARNED)}
 
 
 def settings_of(options: CacheOptions, seed: int = 0, **more: Any) -> CacheSettings:

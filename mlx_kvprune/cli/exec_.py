@@ -8,12 +8,12 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import typer
 
-from mlx_kvprune.cli.cache_options import CACHE, UNLEARNED, CacheOptions, fields_of, settings_unasked
+from mlx_kvprune.cli.cache_options import AUTO, CACHE, UNLEARNED, CacheOptions, fields_of, settings_unasked
 from mlx_kvprune.cli.options import Dtype, Seed, spread
 from mlx_kvprune.cli.output import say
 from mlx_kvprune.settings import CacheSettings
@@ -68,6 +68,7 @@ def exec_(cache: ExecCache, command: Command = None, dtype: Dtype = None, seed: 
 
     Options of the cache come before the `--`, mlx-lm's own after it. Names that `models` lists may be given to --model.
     """
+    cache = replace(cache, policy=UNLEARNED) if cache.policy == AUTO else cache
     settings = settings_unasked(cache, seed)
     verb, rest = parse(command or [])
     refuse_ignored(rest)

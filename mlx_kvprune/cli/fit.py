@@ -133,7 +133,10 @@ Target = Annotated[
 Capacity = Annotated[
     float | None,
     _option(
-        "--capacity", panel=HOW, metavar="X", help="Weight of what gates hold beyond their share; 0: none. Default: 1."
+        "--capacity",
+        panel=HOW,
+        metavar="X",
+        help="Weight of what gates hold beyond their share, or of all with --quality; 0: none. Default: 1.",
     ),
 ]
 Surprisal = Annotated[
@@ -143,7 +146,7 @@ Surprisal = Annotated[
         panel=HOW,
         metavar="X",
         help="Weight of the next token's loss beside the divergence from the full cache. Default: 1 with target decay and "
-        "for spkv, else 0.",
+        "for spkv without --quality, else 0.",
     ),
 ]
 Within = Annotated[
@@ -206,8 +209,8 @@ Answers = Annotated[
         "--answers",
         panel=TEXT,
         metavar="SHARE",
-        help="Of this share of the texts 1,024 tokens are read, and the model is asked about them: gates learn what it needs "
-        "while it speaks.",
+        help="This share of the texts are conversations: the model is asked about 1,024 tokens, or half of --tokens, and "
+        "answers with as many: gates learn what it needs while it speaks.",
     ),
 ]
 Out = Annotated[

@@ -42,7 +42,7 @@ def show(where: Where, json: Json = False) -> None:
     """Show what gate files say of themselves: method, training, thresholds, measurements, limits."""
     from mlx_kvprune.cli import output
 
-    cards = _cards(where)
+    cards = cards_at(where)
     if json:
         output.write_json({"gates": [{"path": str(path), **asdict(card)} for path, card in cards]})
         return
@@ -81,8 +81,8 @@ for verb in (show, pull, push):
     app.command(verb.__name__)(verb)
 
 
-def _cards(where: str) -> list[tuple[Path, Any]]:
-    """Gate files that a user names, and their cards.
+def cards_at(where: str) -> list[tuple[Path, Any]]:
+    """Gate files that a user names (a file, a folder, a known model, a hub repository), and their cards.
 
     Raises:
         ValueError: there are none.

@@ -73,7 +73,7 @@ def own_words(model: Any, prompted: list[Any], words: Sequence[int], logits: mx.
     Args:
         prompted: full caches of the prompt without its last token; they are written to.
         words: the prompt's last token, and the answer.
-        logits: what was predicted after each of them; all but the last, if the answer was cut.
+        logits: what was predicted after each of them ``(L, vocab)``; after all but the last, if the answer was cut.
     """
     full = model(mx.array([words[: len(logits)]]), cache=prompted)[0]
     kl, _, _, agrees = compare(full, logits, logits.argmax(axis=-1))

@@ -172,16 +172,6 @@ def embedded(method: str) -> list[Path]:
     return [path for path in found if read_card(path).method == method]
 
 
-def methods_for(model: str, where: str = "") -> list[str]:
-    """The policies that could ask gates for a model: those of the file or folder at ``where``, else those that come along with
-    the known model of that name. A hub repository is not looked into.
-    """
-    path = Path(where).expanduser()
-    folder = path if where else shipped("models") / model
-    paths = [path] if where and path.is_file() else gate_files_in(folder) if folder.is_dir() else []
-    return [read_card(path).method for path in paths]
-
-
 def located(where: str, method: str) -> Path:
     """The file that a user's ``--gates`` names: a path, a folder with gate files, or a hub repository (``owner/name``).
 

@@ -81,7 +81,9 @@ def limits(ran: Ran, without_outputs: bool, adapters: Path | None) -> list[str]:
     plan, length = ran.plan, ran.plan.length
     kind = "other files" if plan.held_out else "held-out parts of the same files"
     found = [f"Quality: KL from the full cache, last 256 tokens of texts of {length} ({ran.measured} of them), {kind}."]
-    if DISTILL in plan.stages:
+    if plan.answers:
+        found.append("None of the held-out texts is a conversation.")
+    if DISTILL in plan.stages and not plan.quality:
         found.append("The step at which gates were best was chosen on these texts.")
     if plan.how.has_threshold:
         found.append("Thresholds were set on the same held-out texts.")

@@ -14,7 +14,7 @@ import mlx.core as mx
 from mlx_kvprune.places import beside, check_file
 
 KEY = "kvprune_training"
-VERSION = "1"
+VERSION = "2"  # 1: what the ring holds decayed, too
 
 
 @dataclass

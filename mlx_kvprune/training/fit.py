@@ -28,12 +28,12 @@ from mlx_kvprune.training.plan import Plan
 from mlx_kvprune.training.pool import Pool
 from mlx_kvprune.training.reading import Reading, check_readable, gram, projections, read
 from mlx_kvprune.training.stages import fit_utility
-from mlx_kvprune.training.texts import Texts
+from mlx_kvprune.training.texts import Texts, plain
 from mlx_kvprune.training.whitening import Whitening
 
 BEST, WHITENING = "best.", "whitening."  # prefixes of a checkpoint's arrays
 LEVELLED = 4  # texts that say where decay starts
-SPEAKS = 1  # of the seeds of texts: whether the n-th is a conversation
+SPEAKS, ASKS = 1, 2  # of the seeds of texts: whether the n-th is a conversation; what is said in it
 
 
 class Watch(Protocol):
@@ -180,8 +180,8 @@ class _Training:
     def _text(self, n: int) -> Reading:
         length = self._length(n)
         if self._speaks(n):
-            document = self.tokenizer.decode(self.texts.excerpt(n, length // 2))
-            tokens = spoken.spoken(self.model, self.tokenizer, document, length, (self.plan.seed, n))
+            document = plain(self.tokenizer, self.texts.excerpt(n, length // 2))
+            tokens = spoken.spoken(self.model, self.tokenizer, document, length, (self.plan.seed, n, ASKS))
         else:
             tokens = self.texts.excerpt(n, length)
         more: dict[str, Any] = {"twice": self.plan.how.twice, "outputs": DISTILL in self.plan.stages}

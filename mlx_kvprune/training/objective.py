@@ -69,21 +69,26 @@ def ages(start: int, length: int) -> mx.array:
 def decay_biases(raws: Sequence[mx.array], start: int, length: int, bounds: Bounds) -> list[Bias]:
     """TRIM-KV's: ``(t - i) log beta_i`` for every slot that is no sink and has left the ring, of each layer."""
     age = ages(start, length)
-    spared = (age < bounds.ring) | (mx.arange(start + length) < bounds.n_sink)
-    return [Bias(mx.maximum(age, 0.0) * log_sigmoid(raw)[:, None], spared) for raw in raws]
+    return [Bias(mx.maximum(age, 0.0) * log_sigmoid(raw)[:, None], held_anyway(age, bounds)) for raw in raws]
+
+
+def held_anyway(age: mx.array, bounds: Bounds) -> mx.array:
+    """Sinks, and what the ring holds on average, of ages ``(L, S)`` of slots from the first token on: ``(L, S)`` bool."""
+    return (age < bounds.ring) | (mx.arange(age.shape[1]) < bounds.n_sink)
 
 
 def held_by_decay(raws: Sequence[mx.array], start: int, length: int, bounds: Bounds) -> mx.array:
     """TRIM-KV's capacity loss at the times of a segment: what the decayed weights sum to beyond the budget.
 
-    ``mean_t max(0, sum_i beta_i^(t - i) - M) / max(t - M, 1)``: over each head, or over all of them together. What is in the
-    ring counts as one.
+    ``mean_t max(0, sum_i beta_i^(t - i) - M) / max(t - M, 1)``: over each head, or over all of them together. Sinks and what is
+    in the ring count as one.
     """
     times = mx.arange(start + STEP - 1, start + length, STEP)[:, None]
     age = (times - mx.arange(start + length)[None]).astype(mx.float32)
     sums = []
     for raw in raws:
-        weights = mx.where(age < bounds.ring, 1.0, mx.exp(mx.maximum(age, 0.0) * log_sigmoid(raw)[:, None]))
+        decayed = mx.exp(mx.maximum(age, 0.0) * log_sigmoid(raw)[:, None])
+        weights = mx.where(held_anyway(age, bounds), 1.0, decayed)
         sums.append(mx.where(age < 0, 0.0, weights).sum(axis=-1))  # (H_kv, times)
     held = mx.concatenate(sums)
     held = held.mean(axis=0, keepdims=True) if bounds.scope == "global" else held

@@ -39,7 +39,7 @@ class Plan:
         target: ``budget`` or ``decay``, retention only.
         capacity: weight of what gates hold beyond their share.
         surprisal: weight of the next token's loss beside the divergence from the full cache.
-        quality: divergence that a text may cost; spkv only, None for a share of the tokens.
+        quality: divergence in nats that a text may cost; spkv only, None for a share of the tokens.
         scope: ``global``, ``layer`` or ``head`` (see ``Bounds``).
         seed: of the gates and of everything that is drawn.
         check: steps between two looks at held-out texts.
@@ -112,6 +112,11 @@ class Plan:
             raise ValueError(
                 f"[lora] only spkv trains the model with its gates; got --method {self.method}; try --method spkv"
             )
+        if self.joint and self.quality:
+            raise ValueError(
+                f"[quality] needs a model that stays as it is; got {self.quality:g} where it learns; try it without --lora "
+                "and --full"
+            )
         if self.lora and self.full:
             raise ValueError(f"[lora] all weights or adapters; got --lora {self.lora} with --full; try one of them")
 
@@ -153,6 +158,7 @@ class Plan:
         unused = {
             "hidden": self.hidden if form not in ("mlp", "shared") else None,
             **{name: None if distils else getattr(self, name) for name in ("steps", "check", "patience", "surprisal")},
+            **({"patience": self.patience} if self.quality else {}),  # the last gates count
             "fresh": None if distils and not self.joint else self.fresh or None,
             "target": None if distils else self.target,
             "bias-rate": None if distils and not self.joint else self.bias_rate,
@@ -161,11 +167,12 @@ class Plan:
             "capacity": None if distils and self.objective != "budget" else self.capacity,
             "quality": None if self.objective == "spkv" else self.quality,
         }
-        wanting = {"heat": "budget", "capacity": "decay"} if how.targets and distils else {}
+        wanting = {"heat": "--target budget", "capacity": "--target decay"} if how.targets and distils else {}
+        wanting |= {"quality": "--method spkv"}
         for name, value in unused.items():
             if value is not None:
                 shown = ":".join(f"{x:g}" for x in value) if isinstance(value, tuple) else value
-                better = f"--target {wanting[name]}, or " if name in wanting else ""
+                better = f"{wanting[name]}, or " if name in wanting else ""
                 raise ValueError(f"[{name}] would have no effect here; got {shown}; try {better}it without --{name}")
 
     @property

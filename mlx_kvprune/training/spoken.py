@@ -1,7 +1,8 @@
 """Conversations that the model itself has about a text, so that gates see its own answers, its template and its questions.
 
 Whoever trains on what people wrote alone never sees a model speak: not its template's tokens, not the question that stands
-between a text and a long answer. The model answers with its full cache; tokens are drawn at ``HEAT``: its likeliest ones loop.
+between a text and a long answer. The model answers with its full cache; tokens are drawn at ``TEMPERATURE``: its likeliest ones
+loop.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from mlx_kvprune.evals.turns import rendered
 
 LONGEST = 2048  # tokens of a conversation: a half is the text, and what is said takes a second pass for each token
 TURN = 256  # tokens of an answer at most
-HEAT = 0.7  # temperature of sampling
+TEMPERATURE = 0.7  # of sampling
 FIRST = (
     "Summarize the text above.",
     "What is this about? Explain it to somebody who has not read it.",
@@ -71,8 +72,9 @@ def spoken(
         if prompt[: len(known)] != known or len(prompt) <= len(known):  # an answer is not always encoded as it was said
             caches, known = make_prompt_cache(model), []
         feed(model, prompt[len(known) : -1], caches)
-        said = _answer(model, prompt[-1], caches, min(TURN, length), ends, rng)
-        known = [*prompt, *said[:-1]]
+        most = min(TURN, length)
+        said = _answer(model, prompt[-1], caches, most, ends, rng)
+        known = [*prompt, *(said if len(said) < most else said[:-1])]  # the last was read if the end came after it
         turns.append((asked, tokenizer.decode(said)))
         tokens = rendered(tokenizer, turns)
         if len(tokens) >= length:
@@ -86,7 +88,7 @@ def _answer(
     said: list[int] = []
     while len(said) < most:
         logits = model(mx.array([[token]]), cache=caches)[0, -1].astype(mx.float32)
-        drawn: Any = mx.random.categorical(logits / HEAT, key=mx.random.key(int(rng.integers(2**32))))
+        drawn: Any = mx.random.categorical(logits / TEMPERATURE, key=mx.random.key(int(rng.integers(2**32))))
         token = int(drawn.item())
         if token in ends:
             break

@@ -72,6 +72,12 @@ def _split(file: tuple[Document, ...], length: int) -> tuple[tuple[Document, ...
     )
 
 
+def plain(tokenizer: Any, tokens: Sequence[int]) -> str:
+    """The text of an excerpt, without the token that begins a text."""
+    begins = getattr(tokenizer, "bos_token_id", None)
+    return tokenizer.decode(tokens[1:] if tokens and tokens[0] == begins else tokens)
+
+
 def credits(paths: Sequence[str | Path]) -> tuple[str, ...]:
     """Files by name, with the licences that their lines name; the shipped document if there are none."""
     if not paths:

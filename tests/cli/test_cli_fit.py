@@ -105,10 +105,17 @@ def test_spkv_can_be_asked_for_a_quality(tiny, book, tmp_path, capsys):
     assert [step for step, _, _ in looks] == ["0", "2", "4"]
     card = files.read_card(out)
     own = card.quality[-1]
+    assert "chosen" not in card.limits
     assert own["threshold"] == "0.5" and own["kl"] == pytest.approx(float(looks[-1][1]), abs=1e-4)
     assert card.settings["quality"] == 0.05 and "surprisal" not in card.settings
     code, _, stderr = call(capsys, *arguments(tiny, book, tmp_path / "r", "--quality", "0.05"))
-    assert code == 2 and "[quality] would have no effect here" in stderr
+    assert code == 2 and "[quality] would have no effect here; got 0.05; try --method spkv, or" in stderr
+    for more, message in (
+        (["--patience", "3"], "[patience] would have no effect here; got 3; try it without --patience"),
+        (["--lora", "2"], "[quality] needs a model that stays as it is; got 0.05 where it learns"),
+    ):
+        code, _, stderr = call(capsys, *arguments(tiny, book, tmp_path / "r", *quality, *more))
+        assert code == 2 and message in stderr
 
 
 def test_the_model_goes_on_with_a_share_of_the_texts(tiny, book, tmp_path, capsys):

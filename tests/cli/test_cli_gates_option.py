@@ -12,6 +12,7 @@ from mlx_kvprune.cli import main as cli
 from mlx_kvprune.cli.cache_options import CacheOptions, decided, policy_options, settings_of, side_by_side
 from mlx_kvprune.gates import files
 from mlx_kvprune.gates.files import Card
+from mlx_kvprune.places import shipped
 from mlx_kvprune.policy import POLICIES
 
 
@@ -47,7 +48,7 @@ def test_policies_say_how_they_share_and_who_needs_gates(capsys):
         ("--policy kvzap --policy-option threshold=[1]", "threshold makes no sense; got [1]; try null"),
         (
             "--threshold 0.5",
-            "[threshold] window has none; got '0.5'; try it with --policy spkv or kvzap or fastkvzip or dms",
+            "[threshold] retention has none; got '0.5'; try it with --policy spkv or kvzap or fastkvzip or dms",
         ),
         ("--policy spkv --threshold much", "[threshold] neither a number nor a share; got 'much'; try 0.5, or 1/4"),
         ("--policy spkv --threshold 1/4", "[threshold] a share is looked up in a gate file; got '1/4' without --gates"),
@@ -104,6 +105,8 @@ def test_the_policy_shares_its_own_way_unless_told():
         ({"budget": "8MB", "kv_bits": 4}, "smollm2-135m", "retention"),
         ({}, "gemma3-270m", "window"),
         ({}, "/no/such/model", "window"),
+        ({}, "../models/smollm2-135m", "window"),
+        ({}, str(shipped("models") / "smollm2-135m"), "window"),  # nobody would look for gates there
         ({"budget": "48"}, "smollm2-135m", "window"),  # too small for gates
         ({"policy": "knorm"}, "smollm2-135m", "knorm"),
     ],
@@ -118,9 +121,20 @@ def test_the_policy_is_that_of_the_gates_that_are_given(tiny, tmp_path):
     one = files.save(tmp_path / "kvzap", gates, model, Card("kvzap"))
     assert decided(CacheOptions(gates=str(one)), "gemma3-270m").policy == "kvzap"
     assert decided(CacheOptions(gates=str(tmp_path)), "gemma3-270m").policy == "kvzap"
+    files.save(tmp_path / "again", gates, model, Card("kvzap"))
+    assert decided(CacheOptions(gates=str(tmp_path)), "gemma3-270m").policy == "kvzap"
     files.save(tmp_path / "spkv", gates, model, Card("spkv"))
-    assert decided(CacheOptions(gates=str(tmp_path)), "gemma3-270m").policy == "retention", "which of two, nobody knows"
-    assert decided(CacheOptions(gates="owner/name"), "gemma3-270m").policy == "retention"
+    with pytest.raises(ValueError, match=r"\[policy\] .* has gates of several; got none; try --policy kvzap or spkv"):
+        decided(CacheOptions(gates=str(tmp_path)), "gemma3-270m")
+    files.save(tmp_path / "retention", gates, model, Card("retention"))
+    assert decided(CacheOptions(gates=str(tmp_path)), "gemma3-270m").policy == "retention"
+
+
+def test_a_typo_is_not_a_reason_for_another_policy():
+    with pytest.raises(ValueError, match="retention has no such option; got 'kernel'"):
+        decided(CacheOptions(policy_option=["kernel=7"]), "smollm2-135m")
+    with pytest.raises(ValueError, match=r"\[policy\] auto is for generate, chat and ask"):
+        settings_of(CacheOptions("auto"))
 
 
 def test_generate_with_a_gate_file(tiny, tmp_path, capsys):

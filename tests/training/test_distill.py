@@ -21,7 +21,7 @@ from mlx_kvprune.training.calibrate import Quality, as_saved
 from mlx_kvprune.training.distill import Distiller, held_out, loss_of, output_loss, raws_of
 from mlx_kvprune.training.joint import JointDistiller, let_learn
 from mlx_kvprune.training.methods import METHODS
-from mlx_kvprune.training.objective import Bounds, budget_biases, decay_biases, divergence
+from mlx_kvprune.training.objective import budget_biases, decay_biases, divergence
 from mlx_kvprune.training.objectives import OBJECTIVES
 from mlx_kvprune.training.reading import read
 from mlx_kvprune.training.recipe import Example, Recipe, bounds_of
@@ -128,6 +128,23 @@ def test_every_objective_lowers_its_loss(model, pool, target):
     for _ in range(25):
         distiller.step(pool)
     assert loss() < before
+
+
+def test_what_is_dropped_still_learns(model, pool):
+    """Through the student: slots that it leaves out of its context would never come back."""
+    plan = recipe("spkv", quality=1e-6, steps=40, capacity=0.0)
+    gates = shaken(gates_for(model, "mlp"))
+    example = Example(pool[0], 256, bounds_of(100, plan))
+    length = example.start + example.length
+    raws = [x - x.mean() for x in raws_of(gates, pool[0], Whitening.none(gates.shape.widths), length)]
+
+    def loss(raws):
+        biases = OBJECTIVES["spkv"].biases(raws, example, plan, 40)
+        return output_loss(run(model, pool[0], example.start, example.length, biases), example, plan)[0]
+
+    for raw, pulled in zip(raws, mx.grad(loss)(raws), strict=True):
+        dropped = np.array(raw)[:, 4 : example.start] < 0
+        assert dropped.mean() > 0.2 and (np.array(pulled)[:, 4 : example.start][dropped] != 0).mean() > 0.95
 
 
 def test_a_quality_that_is_kept_costs_nothing(model, pool):
@@ -250,6 +267,6 @@ def test_decay_starts_where_a_budget_is_held(model):
         np.testing.assert_allclose(x, added if name.endswith(".bias") else 0.0, atol=1e-5, err_msg=name)
     sums = []
     for reading in found:
-        for bias in decay_biases(raws_of(gates, reading, plain, 512), 511, 1, Bounds(64, n_sink=0)):
-            sums.append(np.exp(np.array(bias.added)).sum(axis=-1).mean())
+        for bias in decay_biases(raws_of(gates, reading, plain, 512), 511, 1, bounds_of(64, plan)):
+            sums.append(np.exp(np.array(bias.full())).sum(axis=-1).mean())
     np.testing.assert_allclose(np.mean(sums), 512 / 8, rtol=1e-3)

@@ -10,9 +10,9 @@ import numpy as np
 
 from mlx_kvprune.gates.structure import worth
 from mlx_kvprune.training.bias import Bias
-from mlx_kvprune.training.objective import budget_biases, decay_biases, held_by_decay
+from mlx_kvprune.training.objective import budget_biases, decay_biases, held_anyway, held_by_decay
 from mlx_kvprune.training.objectives.base import Raws
-from mlx_kvprune.training.recipe import Example, Recipe, temperature
+from mlx_kvprune.training.recipe import Example, Recipe, bounds_of, temperature
 
 REACH = 30.0  # by which biases are moved at most
 
@@ -41,20 +41,21 @@ def level(readings: Sequence[Raws], recipe: Recipe) -> float:
     """
     share = math.exp(np.log(recipe.shares).mean())
     heads = [np.concatenate([np.array(raw, np.float64) for raw in raws]) for raws in readings]  # (heads, T)
+    budgets = [bounds_of(int(share * raw.shape[1]), recipe) for raw in heads]
+    ages = [np.arange(raw.shape[1] - 1, -1, -1, dtype=np.float32) for raw in heads]
+    anyway = [np.array(held_anyway(mx.array(age[None]), bounds)) for age, bounds in zip(ages, budgets, strict=True)]
+    aim = float(np.mean([bounds.slots for bounds in budgets]))
 
     def kept(added: float) -> float:
-        """Mean share of the texts that the weights sum to."""
-        sums = []
-        for raw in heads:
-            age = np.arange(raw.shape[1])[::-1]
-            sums.append(np.exp(-age * np.logaddexp(0.0, -(raw + added))).mean())
-        return float(np.mean(sums))
+        """What the weights of a head sum to, mean over heads and texts."""
+        decays = [np.exp(-age * np.logaddexp(0.0, -(raw + added))) for raw, age in zip(heads, ages, strict=True)]
+        return float(np.mean([np.where(a, 1.0, x).sum(axis=1).mean() for a, x in zip(anyway, decays, strict=True)]))
 
     low, high = -REACH, REACH
     finite = all(np.isfinite(raw).all() for raw in heads)
-    if not (finite and kept(low) < share < kept(high)):  # some heads keep everything, or nothing, whatever is added
+    if not (finite and kept(low) < aim < kept(high)):  # some heads keep everything, or nothing, whatever is added
         return 0.0
     for _ in range(40):
         middle = (low + high) / 2
-        low, high = (middle, high) if kept(middle) < share else (low, middle)
+        low, high = (middle, high) if kept(middle) < aim else (low, middle)
     return (low + high) / 2

@@ -20,7 +20,7 @@ from mlx_kvprune.training.objectives.base import Raws
 from mlx_kvprune.training.objectives.dms import HEAT, noisy
 from mlx_kvprune.training.recipe import Example, Recipe, ramp
 
-EPS = 1e-6
+EPS = 1e-4  # above what ``student`` leaves out: what is dropped learns as if it were there
 TAU = 0.5
 LAST = 0.75  # share of the training after which gates become hard
 LED = 0.5  # share of it after which the density is what was asked for
@@ -35,7 +35,9 @@ def written(raw: mx.array, recipe: Recipe, step: int) -> mx.array:
 
 
 def drawn(raws: Raws, recipe: Recipe, step: int) -> list[mx.array]:
-    """Zero or one, one with the chance ``u``, and at the end where ``u`` is at the threshold; the gradient is a sigmoid's."""
+    """Zero or one, of each layer ``(H_kv, S)``: one with the chance ``u``, and at the end where ``u`` is at the threshold; the
+    gradient is a sigmoid's.
+    """
     still = 1 - ramp(step, recipe, LAST, 1.0)
     found = []
     for raw, z in zip(raws, noisy(raws, recipe, step), strict=True):
@@ -47,7 +49,7 @@ def drawn(raws: Raws, recipe: Recipe, step: int) -> list[mx.array]:
 def biases(raws: Raws, example: Example, recipe: Recipe, step: int) -> list[Bias]:
     """``log(u + eps)`` for keys older than the window."""
     shares = drawn(raws, recipe, step) if recipe.quality else [written(raw, recipe, step) for raw in raws]
-    drops = [mx.log(x + EPS) for x in shares]  # never below zero; what is dropped learns as if it were there
+    drops = [mx.log(x + EPS) for x in shares]
     return dropped_biases(drops, example.start, example.length, example.bounds)
 
 
