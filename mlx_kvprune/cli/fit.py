@@ -27,7 +27,7 @@ EPILOG = """Examples:
 
   mlx-kvprune fit --method spkv --lora 8 --data books.jsonl.gz --steps 2000
 
-  mlx-kvprune fit --method spkv --quality 0.05 --bias-rate 0.05 --data books.jsonl.gz --data code.jsonl.gz
+  mlx-kvprune fit --method spkv --quality 0.05 --data books.jsonl.gz --data code.jsonl.gz
 
   mlx-kvprune generate --policy retention --gates gates-retention.safetensors --budget 512 --prompt - < chapter.txt
 

@@ -250,9 +250,8 @@ class _Training:
         mean = float(np.mean(list(kls.values())))
         progress.checks.append([progress.done, {share: round(kl, 5) for share, kl in kls.items()}])
         objective, recipe = OBJECTIVES[distiller.recipe.target], distiller.recipe
-        settled = (
-            not recipe.quality and progress.done >= objective.settled * recipe.steps
-        )  # by share says nothing of a quality
+        settled = progress.done >= objective.settled * recipe.steps
+        settled = settled and not recipe.quality  # of which KL by share says nothing: the last gates count
         better = mean < progress.best or not settled
         if settled:
             progress.best, progress.stale = min(mean, progress.best), 0 if better else progress.stale + 1
@@ -261,7 +260,7 @@ class _Training:
         self._keep(distiller, progress)
         self._save()
         shown = ", ".join(f"{kl:.4f} at {share}" for share, kl in kls.items())
-        also = self._at_threshold(distiller) if recipe.quality and not self.plan.joint else ""
+        also = self._at_threshold(distiller) if recipe.quality else ""
         self.watch.say(f"[fit] step {progress.done} of {recipe.steps}: held-out KL {shown}{also}")
 
     def _at_threshold(self, distiller: Distiller) -> str:
