@@ -38,14 +38,14 @@ EARLY = [  # found out before a model is loaded
     ("generate --prompt x --kv-bits 4 --kv-fine-tokens -1", r"\[kv-fine-tokens\] must be a whole number .*got -1; try"),
     ("generate --prompt x --kv-bits 4 --kv-fine-tokens 9 --kv-fine-bits 7", r"\[kv-fine-bits\] .*; got 7; try"),
     (
-        "generate --prompt x --kv-bits 4 --budget 110 --kv-scheme page",
+        "generate --policy window --prompt x --kv-bits 4 --budget 110 --kv-scheme page",
         r"\[budget\] too small .* got 110 tokens .* try 132 or more",
     ),
     (
-        "generate --prompt x --kv-bits 4 --budget 110 --kv-fine-tokens 64",
+        "generate --policy window --prompt x --kv-bits 4 --budget 110 --kv-fine-tokens 64",
         r"\[budget\] too small .* got 110 tokens .* try 165 or more",
     ),
-    ("generate --prompt x --budget 110 --allocator global", r"\[budget\] too small .* got 110 tokens"),
+    ("generate --policy window --prompt x --budget 110 --allocator global", r"\[budget\] too small .* got 110 tokens"),
     (
         "generate --prompt x --kv-scheme channel",
         r"\[kv-scheme\] would have no effect; got channel; try it with --kv-bits",
@@ -61,7 +61,7 @@ EARLY = [  # found out before a model is loaded
         "generate --prompt x --policy full --positions cache",
         r"\[positions\] policy full is mlx-lm's own cache; got cache; try",
     ),
-    ("generate --prompt x --head-floor 0.5", r"\[head-floor\] would have no effect; got 0.5; try it with --allocator"),
+    ("generate --policy window --prompt x --head-floor 0.5", r"\[head-floor\] would have no effect; got 0.5; try it with --allocator"),
     (
         "generate --prompt x --allocator global --head-floor 2",
         r"\[head-floor\] must be a share from 0 to 1; got 2.0; try",
