@@ -59,7 +59,10 @@ def _generation(row: Row) -> Cells:
     inflation = "-" if row["inflation"] is None else f"{row['inflation']:.2f}x of {row['ended_full']}"
     same = {"same as full": f"{row['same']:.1f} tokens"}
     if row["own_kl"] is not None:
-        same |= {"KL of own words": f"{max(0.0, row['own_kl']):.3f}", "full says the same": f"{row['own_agreement']:.1%}"}
+        same |= {
+            "KL of own words": f"{max(0.0, row['own_kl']):.3f}",
+            "full says the same": f"{row['own_agreement']:.1%}",
+        }
     return {"length": f"{row['length']:.1f}", "inflation": inflation, "loops": f"{row['loops']}/{row['texts']}", **same}
 
 

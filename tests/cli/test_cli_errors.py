@@ -61,7 +61,10 @@ EARLY = [  # found out before a model is loaded
         "generate --prompt x --policy full --positions cache",
         r"\[positions\] policy full is mlx-lm's own cache; got cache; try",
     ),
-    ("generate --policy window --prompt x --head-floor 0.5", r"\[head-floor\] would have no effect; got 0.5; try it with --allocator"),
+    (
+        "generate --policy window --prompt x --head-floor 0.5",
+        r"\[head-floor\] would have no effect; got 0.5; try it with --allocator",
+    ),
     (
         "generate --prompt x --allocator global --head-floor 2",
         r"\[head-floor\] must be a share from 0 to 1; got 2.0; try",
