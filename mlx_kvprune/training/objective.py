@@ -74,7 +74,11 @@ def decay_biases(raws: Sequence[mx.array], start: int, length: int, bounds: Boun
 
 def held_anyway(age: mx.array, bounds: Bounds) -> mx.array:
     """Sinks, and what the ring holds on average, of ages ``(L, S)`` of slots from the first token on: ``(L, S)`` bool."""
-    return (age < bounds.ring) | (mx.arange(age.shape[1]) < bounds.n_sink)
+    return _sinks_or_newest(age, bounds, bounds.ring)
+
+
+def _sinks_or_newest(age: mx.array, bounds: Bounds, newest: int) -> mx.array:
+    return (age < newest) | (mx.arange(age.shape[1]) < bounds.n_sink)
 
 
 def held_by_decay(raws: Sequence[mx.array], start: int, length: int, bounds: Bounds) -> mx.array:
@@ -128,7 +132,7 @@ def _middles(start: int, length: int) -> list[int]:
 
 def never_evicted(start: int, length: int, bounds: Bounds) -> mx.array:
     """Sinks and the window ``(length, start + length)`` bool."""
-    return (ages(start, length) < bounds.window) | (mx.arange(start + length) < bounds.n_sink)
+    return _sinks_or_newest(ages(start, length), bounds, bounds.window)
 
 
 def dropped_biases(drops: Sequence[mx.array], start: int, length: int, bounds: Bounds) -> list[Bias]:
