@@ -84,6 +84,8 @@ def main() -> None:
     if not asked.files:
         sys.exit("[stored] no files; got none; try docs/results/bench/*.jsonl")
     try:
+        if asked.pictures is not None:
+            asked.pictures.mkdir(parents=True, exist_ok=True)
         sys.stdout.write(page(asked.files, asked.pictures))
     except (OSError, ValueError, KeyError) as error:
         sys.exit(str(error))
