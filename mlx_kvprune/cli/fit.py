@@ -27,7 +27,7 @@ EPILOG = """Examples:
 
   mlx-kvprune fit --method spkv --lora 8 --data books.jsonl.gz --steps 2000
 
-  mlx-kvprune fit --method spkv --quality 0.05 --data books.jsonl.gz --data code.jsonl.gz
+  mlx-kvprune fit --method spkv --quality 0.03 --form shared --start gates-retention.safetensors --data books.jsonl.gz
 
   mlx-kvprune generate --policy retention --gates gates-retention.safetensors --budget 512 --prompt - < chapter.txt
 
@@ -222,7 +222,8 @@ Start = Annotated[
         "--start",
         panel=FILES,
         metavar="FILE",
-        help="Go on from the gates of this file (or hub repo) instead of the first stage; with --stage distill.",
+        help="Go on from the gates of this file (or hub repo) instead of the first stage; with --stage distill. spkv also "
+        "goes on from gates of retention (with --form shared), which is the best start it has.",
     ),
 ]
 Restart = Annotated[

@@ -7,6 +7,7 @@ file serves every precision of a model, and no other model. The card is JSON in 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -172,8 +173,10 @@ def embedded(method: str) -> list[Path]:
     return [path for path in found if read_card(path).method == method]
 
 
-def located(where: str, method: str) -> Path:
+def located(where: str, *methods: str) -> Path:
     """The file that a user's ``--gates`` names: a path, a folder with gate files, or a hub repository (``owner/name``).
+
+    Of several files, the one for the first of the methods that has one.
 
     Raises:
         ValueError: there is no such thing.
@@ -182,11 +185,11 @@ def located(where: str, method: str) -> Path:
     if path.is_file():
         return path
     if path.is_dir():
-        return _of_method(gate_files_in(path), method, where)
+        return _of_methods(gate_files_in(path), methods, where)
     if where.count("/") == 1 and not where.endswith(SUFFIX) and not where.startswith((".", "~", "/")):
         from mlx_kvprune.gates.hub import pull
 
-        return _of_method(gate_files_in(pull(where)), method, where)
+        return _of_methods(gate_files_in(pull(where)), methods, where)
     raise ValueError(f"[gates] no such file or repository; got {where!r}; try a path, or owner/name on the hub")
 
 
@@ -215,12 +218,13 @@ def gate_files_in(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.glob(f"*{SUFFIX}")) if _is_gate_file(path)]
 
 
-def _of_method(paths: list[Path], method: str, where: str) -> Path:
+def _of_methods(paths: list[Path], methods: Sequence[str], where: str) -> Path:
     known = {read_card(path).method: path for path in paths}
-    if method not in known:
-        held = ", ".join(known) or "no gate files"
-        raise ValueError(f"[gates] nothing for policy {method!r} in {where}; got {held}; try another --policy")
-    return known[method]
+    for method in methods:
+        if method in known:
+            return known[method]
+    wanted, held = " or ".join(map(repr, methods)), ", ".join(known) or "no gate files"
+    raise ValueError(f"[gates] nothing for policy {wanted} in {where}; got {held}; try another --policy")
 
 
 def _is_gate_file(path: Path) -> bool:

@@ -27,6 +27,11 @@ FORMS = ("linear", "mlp", "shared", "sink", "dms")
 HIDDEN = 48  # of an MLP; the papers take 512
 START = 6.0  # of a bias: everything is kept at first
 SINK_DIM, SINKS = 16, 16
+LAST = {
+    "linear": "weight",
+    "mlp": "last",
+    "shared": "last",
+}  # what of a gate its number is proportional to, the bias aside
 
 Draw = Callable[..., mx.array]
 
@@ -204,6 +209,23 @@ class Gates(nn.Module):
     def arrays(self) -> dict[str, mx.array]:
         """The parameters by name."""
         return dict(tree_flatten(self.parameters()))
+
+    def move(self, scale: float, added: float) -> None:
+        """Make every number that they say ``scale`` times it ``+ added``.
+
+        Raises:
+            ValueError: a form whose number is not the sum of a projection and a bias, unless nothing would change.
+        """
+        if (scale, added) == (1.0, 0.0):
+            return
+        if self.shape.form not in LAST:
+            raise ValueError(
+                f"[gates] numbers of this form cannot be moved; got {self.shape.form!r}; try --form linear"
+            )
+        last = LAST[self.shape.form]
+        moved = lambda name, x: scale * x if name == last or name.endswith(f".{last}") else x
+        biased = lambda name, x: scale * x + added if name.endswith(".bias") else moved(name, x)
+        self.restore({name: biased(name, x) for name, x in self.arrays().items()})
 
     def restore(self, arrays: dict[str, mx.array]) -> None:
         """Set the parameters to those of another of this shape; they are computed with in float32.

@@ -15,7 +15,7 @@ from mlx_kvprune.gates import Gates
 from mlx_kvprune.gates.structure import worth
 from mlx_kvprune.training.bias import Bias
 from mlx_kvprune.training.objective import Bounds, budget_biases, divergence, surprisal
-from mlx_kvprune.training.objectives import OBJECTIVES
+from mlx_kvprune.training.objectives import OBJECTIVES, Level
 from mlx_kvprune.training.reading import SEGMENT, Reading
 from mlx_kvprune.training.recipe import Example, Recipe, bounds_of, drawn, temperature
 from mlx_kvprune.training.student import run
@@ -122,16 +122,20 @@ class Distiller:
         self.done = 0
         self.optimizer = optimizer_for(recipe)
 
-    def begin(self, readings: Sequence[Reading]) -> float:
-        """Bring gates that another training made to where this one starts; returns what was added to all biases."""
+    def begin(self, readings: Sequence[Reading], made_for: str = "") -> Level:
+        """Bring gates to where this training starts; returns what was done.
+
+        Args:
+            readings: texts that say what that takes.
+            made_for: the method that another training made them for, if one did.
+        """
         level = OBJECTIVES[self.recipe.target].level
         if level is None:
-            return 0.0
+            return Level()
         raws = [raws_of(self.gates, reading, self.whitening, len(reading.tokens)) for reading in readings]
-        added = level(raws, self.recipe)
-        is_bias = lambda name: name.endswith(".bias")
-        self.gates.restore({name: x + added * is_bias(name) for name, x in self.gates.arrays().items()})
-        return added
+        found = level(raws, self.recipe, made_for)
+        self.gates.move(found.scale, found.added)
+        return found
 
     def step(self, readings: Sequence[Reading]) -> tuple[float, float]:
         """One step on a segment of one of the readings; returns loss and divergence."""

@@ -76,7 +76,7 @@ def check_early(plan: Plan, out: Path, restart: bool, minutes: float | None = No
     for paths in (plan.data, plan.held_out):
         Texts.of(None, paths)
     if plan.start:
-        gate_files.located(plan.start, plan.method)
+        gate_files.located(plan.start, plan.method, *plan.how.begins)
     partial = checkpoint.place(out)
     if partial.exists() and not restart:
         checkpoint.load(partial, plan.identity())
@@ -129,7 +129,7 @@ class _Training:
             self.texts, self.others = texts, Texts.of(tokenizer, plan.held_out, plan.seed + 1, plan.recall)
         self.grams = projections(model) if plan.how.norms else None
         self.pool = Pool(self._text, plan.n_texts, plan.replaced_every, plan.memory, lean=DISTILL not in plan.stages)
-        self.first = self._start() if plan.start else None
+        self.first, self.made_for = self._start() if plan.start else (None, "")
         self.kept: tuple[dict[str, mx.array], Progress] | None = None  # what an interrupted training writes
         self.best: dict[str, mx.array] = {}
 
@@ -166,14 +166,16 @@ class _Training:
             self._distil(distiller, progress)
         return self._finish(distiller, progress)
 
-    def _start(self) -> Gates:
-        """The gates to go on from."""
-        gates, form = gate_files.load_for(self.model, self.plan.method, self.plan.start), self.plan.form
+    def _start(self) -> tuple[Gates, str]:
+        """The gates to go on from, and the method that they were trained for."""
+        where, form, methods = self.plan.start, self.plan.form, (self.plan.method, *self.plan.how.begins)
+        made_for = gate_files.read_card(gate_files.located(where, *methods)).method
+        gates = gate_files.load_for(self.model, made_for if made_for in methods else self.plan.method, where)
         if gates.shape.form != (form or self.plan.how.forms[0]):
             raise ValueError(
                 f"[start] gates of another form; got {gates.shape.form}; try --form {gates.shape.form}, or other gates"
             )
-        return gates
+        return gates, made_for
 
     # -- texts -------------------------------------------------------------------------------------------------------
 
@@ -223,8 +225,10 @@ class _Training:
         return JointDistiller(gates, self.model, whitening, self.plan.recipe)
 
     def _begin(self, distiller: Distiller) -> None:
-        if added := distiller.begin(self.pool.readings[:LEVELLED]):
-            self.watch.say(f"[fit] biases moved by {added:+.2f}: decayed weights sum to a budget where training starts")
+        level = distiller.begin(self.pool.readings[:LEVELLED], self.made_for)
+        if level.why:
+            times = f"numbers times {level.scale:g}, " if level.scale != 1 else ""
+            self.watch.say(f"[fit] {times}biases moved by {level.added:+.2f}: {level.why}")
 
     def _distil(self, distiller: Distiller, progress: Progress) -> None:
         """Steps, and looks at held-out texts between them; afterwards the gates are the best that were seen."""

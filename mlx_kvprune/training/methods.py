@@ -34,6 +34,7 @@ class Method:
         twice: texts are read again, and what that reading attends to is foretold.
         norms: with the norms of what values add.
         surprised: targets whose loss counts the next token's, too.
+        begins: methods whose gates it may go on from, its own aside.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Method:
     twice: bool = False
     norms: bool = False
     surprised: tuple[str, ...] = ()
+    begins: tuple[str, ...] = ()
 
     @property
     def policy(self) -> Policy:
@@ -80,7 +82,14 @@ METHODS = {
     m.name: m
     for m in (
         Method("retention", ("shared", "mlp", "linear"), (UTILITY, DISTILL), ("decay", "budget"), surprised=("decay",)),
-        Method("spkv", ("mlp", "shared", "linear"), (DISTILL,), ("spkv",), surprised=("spkv",)),
+        Method(
+            "spkv",
+            ("mlp", "shared", "linear"),
+            (DISTILL,),
+            ("spkv",),
+            surprised=("spkv",),
+            begins=("retention",),
+        ),
         Method("kvzap", ("linear", "mlp"), (UTILITY,), twice=True, norms=True),
         Method("fastkvzip", ("sink",), (UTILITY,), twice=True),
         Method("dms", ("dms",), (DISTILL,), ("dms",)),

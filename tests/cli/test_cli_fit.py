@@ -270,6 +270,25 @@ def test_going_on_from_gates_on_other_texts(tiny, book, tmp_path, capsys):
     assert code == 2 and re.search(r"\[start\] gates of another form; got shared; try --form shared", stderr)
 
 
+def test_spkv_begins_with_lifetimes(tiny, book, tmp_path, capsys):
+    """Gates of retention are a start for it, and its own are none for retention."""
+    first, then = tmp_path / "first.safetensors", tmp_path / "then.safetensors"
+    assert call(capsys, *arguments(tiny, book, first, "--stage", "utility", "--hidden", "8"))[0] == 0
+    words = ["--method", "spkv", "--form", "shared", "--quality", "0.03", "--steps", "1", "--rate", "1e-9"]
+    words += ["--bias-rate", "1e-9", "--start", str(first)]
+    code, _, stderr = call(capsys, *arguments(tiny, book, then, *words))
+    assert code == 0, stderr
+    assert re.search(r"numbers times 2, biases moved by \S+: of gates of retention, the 20% that live longest", stderr)
+    one, other = (files.load(path)[0].arrays() for path in (first, then))
+    for name, x in one.items():  # as float16 has them
+        moved = other[name] - (2 * x if name == "last" or name.endswith(".bias") else x)
+        assert float(mx.abs(moved - moved.mean() * name.endswith(".bias")).max()) <= 0.01 * float(mx.abs(x).max()), name
+    assert files.read_card(then).settings["start"] == "first.safetensors"
+    more = ["--stage", "distill", "--start", str(then)]
+    code, _, stderr = call(capsys, *arguments(tiny, book, tmp_path / "x.safetensors", *more))
+    assert code == 2 and re.search(r"'retention' needs gates of its own; got then.safetensors for 'spkv'", stderr)
+
+
 BAD = [
     (
         "--start g.safetensors",

@@ -82,6 +82,22 @@ def test_modules_are_their_formulas(form):
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_numbers_are_moved(form):
+    """Those of forms that end in a projection and a bias; of the others none are, and they are left as they were."""
+    gates = random_gates(form, heads=(1, 2), width=24)
+    before = [np.array(gates(i, mx.array(INPUTS))) for i in range(2)]
+    if form in ("sink", "dms"):
+        with pytest.raises(ValueError, match="cannot be moved; got '" + form):
+            gates.move(2.0, -1.0)
+        gates.move(1.0, 0.0)
+    else:
+        gates.move(2.0, -1.0)
+        before = [2 * x - 1 for x in before]
+    for i in range(2):
+        np.testing.assert_allclose(np.array(gates(i, mx.array(INPUTS))), before[i], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_at_first_everything_is_kept(form):
     gates = Gates(GateShape(form, (24,), (2,), (2,)))
     raw = np.array(gates(0, mx.array(INPUTS)))

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from mlx_kvprune.settings import PAGE
 from mlx_kvprune.training import objective
 from mlx_kvprune.training.objective import Bounds, budget_biases, decay_biases, divergence, held_by_decay, thresholds
-from mlx_kvprune.training.objectives import dms, spkv
+from mlx_kvprune.training.objectives import Level, dms, spkv
 from mlx_kvprune.training.objectives.retention import level
 from mlx_kvprune.training.reading import most_likely
 from mlx_kvprune.training.recipe import Example, Recipe
@@ -209,5 +209,17 @@ def test_spkv_gates_are_hard_at_the_end():
 def test_gates_that_no_level_helps_stay(odd):
     """A number that is none, and heads that keep everything or nothing whatever is added."""
     raws = [mx.full((3, 512), odd), mx.zeros((0, 512))]
-    assert level([raws], Recipe(target="decay")) == 0.0
-    assert abs(level([[mx.full((3, 512), 6.0)]], Recipe(target="decay"))) > 0.5
+    assert level([raws], Recipe(target="decay")) == Level()
+    assert abs(level([[mx.full((3, 512), 6.0)]], Recipe(target="decay")).added) > 0.5
+
+
+def test_a_fifth_is_written_where_lifetimes_are_the_start():
+    """Of both texts and all heads together, those that live longest; gates of its own stay."""
+    rng = np.random.default_rng(0)
+    raws = [[mx.array(rng.normal(5, 1.7, (heads, length))) for heads in (1, 3)] for length in (256, 512)]
+    found = spkv.level(raws, Recipe("spkv"), "retention")
+    numbers = np.concatenate([np.array(raw)[:, 4:].reshape(-1) for some in raws for raw in some])
+    written = found.scale * numbers + found.added >= 0
+    assert written.mean() == pytest.approx(0.2, abs=0.001)
+    assert numbers[written].min() > numbers[~written].max()
+    assert spkv.level(raws, Recipe("spkv"), "spkv") == spkv.level(raws, Recipe("spkv"), "") == Level()

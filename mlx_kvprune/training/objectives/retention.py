@@ -11,10 +11,11 @@ import numpy as np
 from mlx_kvprune.gates.structure import worth
 from mlx_kvprune.training.bias import Bias
 from mlx_kvprune.training.objective import budget_biases, decay_biases, held_anyway, held_by_decay
-from mlx_kvprune.training.objectives.base import Raws
+from mlx_kvprune.training.objectives.base import Level, Raws
 from mlx_kvprune.training.recipe import Example, Recipe, bounds_of, temperature
 
 REACH = 30.0  # by which biases are moved at most
+WHY = "decayed weights sum to a budget where training starts"
 
 
 def budget(raws: Raws, example: Example, recipe: Recipe, step: int) -> list[Bias]:
@@ -33,11 +34,11 @@ def held(raws: Raws, example: Example, recipe: Recipe, step: int) -> mx.array:
     return held_by_decay(raws, example.start, example.length, example.bounds)
 
 
-def level(readings: Sequence[Raws], recipe: Recipe) -> float:
-    """What to add to all biases so that at the end of these texts decayed weights sum to a budget in the middle of those drawn.
+def level(readings: Sequence[Raws], recipe: Recipe, made_for: str = "retention") -> Level:
+    """Biases moved so that at the end of these texts decayed weights sum to a budget in the middle of those drawn.
 
     Gates that were trained on ranks alone, or on texts of another length, may decay at any speed; those that hardly decay learn
-    little. Zero where no number does it.
+    little. They stay where no number does it.
     """
     share = math.exp(np.log(recipe.shares).mean())
     heads = [np.concatenate([np.array(raw, np.float64) for raw in raws]) for raws in readings]  # (heads, T)
@@ -54,8 +55,8 @@ def level(readings: Sequence[Raws], recipe: Recipe) -> float:
     low, high = -REACH, REACH
     finite = all(np.isfinite(raw).all() for raw in heads)
     if not (finite and kept(low) < aim < kept(high)):  # some heads keep everything, or nothing, whatever is added
-        return 0.0
+        return Level()
     for _ in range(40):
         middle = (low + high) / 2
         low, high = (middle, high) if kept(middle) < aim else (low, middle)
-    return (low + high) / 2
+    return Level(added=(low + high) / 2, why=WHY)

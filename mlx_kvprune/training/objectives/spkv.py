@@ -8,21 +8,29 @@ A density makes all texts alike. ``Recipe.quality`` asks for a divergence instea
 and all that is written costs something, so that texts that need little get little. Gates are hard from the start then, with
 logistic noise that ends with the training: where nothing holds them up, soft ones sink until hardly any is above the threshold,
 and the model reads through them all the same.
+
+Gates of ``retention`` are a good start. Their number is about the log of a token's lifetime, for ``beta = sigmoid(number)``,
+on one scale for all heads, and what lives long is worth writing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
+import numpy as np
 
 from mlx_kvprune.training.bias import Bias
-from mlx_kvprune.training.objective import dropped_biases, outside
-from mlx_kvprune.training.objectives.base import Raws
+from mlx_kvprune.training.objective import Bounds, dropped_biases, outside
+from mlx_kvprune.training.objectives.base import Level, Raws
 from mlx_kvprune.training.objectives.dms import HEAT, noisy
 from mlx_kvprune.training.recipe import Example, Recipe, ramp
 
 EPS = 1e-4  # above what ``student`` leaves out: what is dropped learns as if it were there
 TAU = 0.5
 LAST = 0.75  # share of the training after which gates become hard
+FIRST = 0.2  # share that is written where gates of ``retention`` are the start
+SPREAD = 2.0  # by which their numbers are drawn apart: noise of 1.8 must not undo an order in which they are 1.7 apart
 LED = 0.5  # share of it after which the density is what was asked for
 
 
@@ -60,3 +68,14 @@ def written_beyond(raws: Raws, example: Example, recipe: Recipe, step: int) -> m
     mean = mx.concatenate([outside(written(raw, recipe, step), example.bounds) for raw in raws]).mean()
     allowed = 1 + (recipe.density - 1) * ramp(step, recipe, 0.0, LED)
     return mx.maximum(mean - allowed, 0.0)
+
+
+def level(readings: Sequence[Raws], recipe: Recipe, made_for: str = "spkv") -> Level:
+    """Where gates of ``retention`` start: those of the longest lifetimes, a ``FIRST`` of all, are written."""
+    if made_for != "retention":
+        return Level()
+    sinks = Bounds(0).n_sink
+    numbers = np.concatenate([np.array(raw)[:, sinks:].reshape(-1) for raws in readings for raw in raws])
+    least = float(np.quantile(numbers, 1 - FIRST))
+    why = f"of gates of retention, the {FIRST:.0%} that live longest are written where training starts"
+    return Level(SPREAD, -SPREAD * least, why)
