@@ -35,7 +35,9 @@ def findings(rows: Sequence[Row]) -> list[str]:
 
 
 def _predictions(share: str, rows: Sequence[Row]) -> Iterator[str]:
-    """Of each length of text, data, precision and seed: the least KL beside ``window``'s on the same tokens, or the least."""
+    """Of each length of text, data, precision and seed: the least KL beside ``window``'s on the same tokens, or the least,
+    of those that read the most texts.
+    """
     rows = [row for row in rows if row["task"] == "fidelity"]
     kind = lambda row: (row["tokens"], row.get("data", ""), row.get("kv_bits") or 0, row.get("seed", 0))
     for tokens, data, bits, seed in sorted({kind(row) for row in rows}):
@@ -43,6 +45,8 @@ def _predictions(share: str, rows: Sequence[Row]) -> Iterator[str]:
         named = [row for row in mine if row["policy"] not in CONTROLS]
         if not named:
             continue
+        most = max(row["texts"] for row in named)
+        named = [row for row in named if row["texts"] == most]
         measure = "over_window" if all("over_window" in row for row in named) else "kl"
         best = min(named, key=lambda row: row[measure])
         read = f"{best['texts']} text{'s' if best['texts'] > 1 else ''}"

@@ -104,6 +104,18 @@ def test_the_best_is_looked_for_among_what_read_the_same_texts(tmp_path):
     assert "`tova`, KL 0.200" in text and "`knorm`, KL 0.150" in text
 
 
+def test_the_best_of_fewer_texts_is_none():
+    """A run that was stopped early has lower numbers where its texts are easier."""
+    around = lambda name, x: {name: x, f"{name}_low": x - 0.01, f"{name}_high": x + 0.01}
+
+    def row(policy: str, kl: float, texts: int) -> dict:
+        named = {"task": "fidelity", "policy": policy, "allocator": "uniform", "share": "1/4", "tokens": 100}
+        return {**named, "texts": texts, **around("kl", kl), **around("nll_change", kl)}
+
+    (said,) = findings.findings([row("window", 0.4, 2), row("tova", 0.2, 2), row("knorm", 0.1, 1)])
+    assert "2 texts), predictions: `tova" in said and "knorm" not in said
+
+
 def test_gates_of_one_policy_are_told_apart():
     rows = [
         {"policy": "retention", "allocator": "global", "gates": name} for name in ("a.safetensors", "b.safetensors")
