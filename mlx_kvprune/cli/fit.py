@@ -155,7 +155,7 @@ Within = Annotated[
         "--quality",
         panel=HOW,
         metavar="NATS",
-        help="spkv: write as little as keeps every text within this divergence from the full cache, instead of an eighth of "
+        help="spkv: write as little as leads every text to about this divergence from the full cache, instead of an eighth of "
         "every text: sizes then follow what a text needs.",
     ),
 ]

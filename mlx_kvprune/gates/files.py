@@ -194,7 +194,8 @@ def located(where: str, *methods: str) -> Path:
 
 
 def threshold_of(text: str, where: str, method: str) -> float:
-    """A threshold that was given as a number, or as the share of tokens that it keeps by the card of the gates at ``where``.
+    """A threshold that was given as a number, or as the share of tokens that it keeps by the card of the gates at ``where``,
+    or of those that come along.
 
     Raises:
         ValueError: neither, or a share that no card was given for or that it does not know.
@@ -204,12 +205,14 @@ def threshold_of(text: str, where: str, method: str) -> float:
             return float(text)
         except ValueError:
             raise ValueError(f"[threshold] neither a number nor a share; got {text!r}; try 0.5, or 1/4") from None
-    if not where:
+    along = embedded(method)
+    if not where and len(along) != 1:
         raise ValueError(f"[threshold] a share is looked up in a gate file; got {text!r} without --gates; try a number")
-    known = read_card(located(where, method)).thresholds
+    path = located(where, method) if where else along[0]  # another model's are refused when they are loaded
+    known = read_card(path).thresholds
     if text not in known:
         shares = ", ".join(known) or "none"
-        raise ValueError(f"[threshold] not a share that {where} knows; got {text!r}; try one of: {shares}")
+        raise ValueError(f"[threshold] not a share that {where or path.name} knows; got {text!r}; try one of: {shares}")
     return known[text]
 
 

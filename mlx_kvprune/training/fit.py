@@ -76,10 +76,26 @@ def check_early(plan: Plan, out: Path, restart: bool, minutes: float | None = No
     for paths in (plan.data, plan.held_out):
         Texts.of(None, paths)
     if plan.start:
-        gate_files.located(plan.start, plan.method, *plan.how.begins)
+        _start_file(plan)
     partial = checkpoint.place(out)
     if partial.exists() and not restart:
         checkpoint.load(partial, plan.identity())
+
+
+def _start_file(plan: Plan) -> Path:
+    """The gate file to go on from.
+
+    Raises:
+        ValueError: there is none of a method that this one can go on from.
+    """
+    methods = plan.method, *plan.how.begins
+    path = gate_files.located(plan.start, *methods)
+    if (found := gate_files.read_card(path).method) not in methods:
+        wanted = " or ".join(methods)
+        raise ValueError(
+            f"[start] {plan.method} does not go on from these; got gates of {found}; try gates of {wanted}"
+        )
+    return path
 
 
 def fit(
@@ -168,9 +184,10 @@ class _Training:
 
     def _start(self) -> tuple[Gates, str]:
         """The gates to go on from, and the method that they were trained for."""
-        where, form, methods = self.plan.start, self.plan.form, (self.plan.method, *self.plan.how.begins)
-        made_for = gate_files.read_card(gate_files.located(where, *methods)).method
-        gates = gate_files.load_for(self.model, made_for if made_for in methods else self.plan.method, where)
+        form, path = self.plan.form, _start_file(self.plan)
+        made_for = gate_files.read_card(path).method
+        self.watch.say(f"[fit] going on from {path}, gates of {made_for}")
+        gates = gate_files.load_for(self.model, made_for, str(path))
         if gates.shape.form != (form or self.plan.how.forms[0]):
             raise ValueError(
                 f"[start] gates of another form; got {gates.shape.form}; try --form {gates.shape.form}, or other gates"

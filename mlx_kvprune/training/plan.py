@@ -156,7 +156,7 @@ class Plan:
         distils = DISTILL in self.stages
         form = self.form or how.forms[0]
         unused = {
-            "hidden": self.hidden if form not in ("mlp", "shared") else None,
+            "hidden": self.hidden if self.start or form not in ("mlp", "shared") else None,
             **{name: None if distils else getattr(self, name) for name in ("steps", "check", "patience", "surprisal")},
             **({"patience": self.patience} if self.quality else {}),  # the last gates count
             "fresh": None if distils and not self.joint else self.fresh or None,

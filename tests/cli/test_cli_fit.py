@@ -286,7 +286,9 @@ def test_spkv_begins_with_lifetimes(tiny, book, tmp_path, capsys):
     assert files.read_card(then).settings["start"] == "first.safetensors"
     more = ["--stage", "distill", "--start", str(then)]
     code, _, stderr = call(capsys, *arguments(tiny, book, tmp_path / "x.safetensors", *more))
-    assert code == 2 and re.search(r"'retention' needs gates of its own; got then.safetensors for 'spkv'", stderr)
+    assert code == 2 and re.search(
+        r"\[start\] retention does not go on from these; got gates of spkv; try gates of ret", stderr
+    )
 
 
 BAD = [

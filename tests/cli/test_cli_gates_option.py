@@ -51,7 +51,10 @@ def test_policies_say_how_they_share_and_who_needs_gates(capsys):
             "[threshold] retention has none; got '0.5'; try it with --policy spkv or kvzap or fastkvzip or dms",
         ),
         ("--policy spkv --threshold much", "[threshold] neither a number nor a share; got 'much'; try 0.5, or 1/4"),
-        ("--policy spkv --threshold 1/4", "[threshold] a share is looked up in a gate file; got '1/4' without --gates"),
+        (
+            "--policy kvzap --threshold 1/4",
+            "[threshold] a share is looked up in a gate file; got '1/4' without --gates",
+        ),
         (
             "--policy spkv --threshold 1 --policy-option threshold=1",
             "[threshold] given twice; got '1' and a --policy-op",

@@ -207,3 +207,11 @@ def test_a_saved_cache_remembers_where_its_gates_are(path, tmp_path):
     loaded = kvp.load_cache(tmp_path / "cache.safetensors", again)
     np.testing.assert_allclose(read(again, loaded, text(340)[:, 300:]), expected, rtol=1e-5, atol=1e-5)
     kvp.detach(again)
+
+
+def test_a_share_is_looked_up_in_the_gates_that_come_along():
+    """Where there is one file of the method, and nobody names another."""
+    (path,) = files.embedded("spkv")
+    assert files.threshold_of("1/4", "", "spkv") == files.read_card(path).thresholds["1/4"]
+    with pytest.raises(ValueError, match=r"not a share that gates-spkv.safetensors knows; got '1/3'; try one of: 1/2"):
+        files.threshold_of("1/3", "", "spkv")

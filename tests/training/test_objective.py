@@ -222,4 +222,5 @@ def test_a_fifth_is_written_where_lifetimes_are_the_start():
     written = found.scale * numbers + found.added >= 0
     assert written.mean() == pytest.approx(0.2, abs=0.001)
     assert numbers[written].min() > numbers[~written].max()
+    assert spkv.level([[mx.full((2, 64), np.nan)]], Recipe("spkv"), "retention") == Level()
     assert spkv.level(raws, Recipe("spkv"), "spkv") == spkv.level(raws, Recipe("spkv"), "") == Level()

@@ -31,7 +31,7 @@ TAU = 0.5
 LAST = 0.75  # share of the training after which gates become hard
 FIRST = 0.2  # share that is written where gates of ``retention`` are the start
 SPREAD = 2.0  # by which their numbers are drawn apart: noise of 1.8 must not undo an order in which they are 1.7 apart
-LED = 0.5  # share of it after which the density is what was asked for
+LED = 0.5  # share of the training after which the density is what was asked for
 
 
 def written(raw: mx.array, recipe: Recipe, step: int) -> mx.array:
@@ -77,5 +77,7 @@ def level(readings: Sequence[Raws], recipe: Recipe, made_for: str = "spkv") -> L
     sinks = Bounds(0).n_sink
     numbers = np.concatenate([np.array(raw)[:, sinks:].reshape(-1) for raws in readings for raw in raws])
     least = float(np.quantile(numbers, 1 - FIRST))
+    if not np.isfinite(least):
+        return Level()
     why = f"of gates of retention, the {FIRST:.0%} that live longest are written where training starts"
     return Level(SPREAD, -SPREAD * least, why)
