@@ -112,7 +112,7 @@ Threshold = Annotated[
         panel=CACHE,
         metavar="X|SHARE",
         help="For spkv, kvzap, fastkvzip and dms: tokens whose gate says less are dropped when they leave the window. A "
-        "number, or the share that is to stay as the card of --gates knows it: 1/4.",
+        "number, or the share that is to stay as the card of the gates knows it: 1/4.",
     ),
 ]
 Positions = Annotated[

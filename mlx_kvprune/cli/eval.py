@@ -115,7 +115,7 @@ Threshold = Annotated[
         "--threshold",
         metavar="X|SHARE",
         help="For spkv, kvzap, fastkvzip and dms: drop what the gate finds worth less. A number, or the share that is to stay "
-        "as the card of --gates knows it: 1/4. Sizes then depend on the text.",
+        "as the card of the gates knows it: 1/4. Sizes then depend on the text.",
     ),
 ]
 Tokens = Annotated[int | None, _option("--tokens", min=64, help=f"Length of the text. {_default('tokens')}")]
