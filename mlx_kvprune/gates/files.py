@@ -205,14 +205,15 @@ def threshold_of(text: str, where: str, method: str) -> float:
             return float(text)
         except ValueError:
             raise ValueError(f"[threshold] neither a number nor a share; got {text!r}; try 0.5, or 1/4") from None
-    along = embedded(method)
-    if not where and len(along) != 1:
+    found = [located(where, method)] if where else embedded(method)  # another model's are refused when they are loaded
+    if len(found) != 1:
         raise ValueError(f"[threshold] a share is looked up in a gate file; got {text!r} without --gates; try a number")
-    path = located(where, method) if where else along[0]  # another model's are refused when they are loaded
-    known = read_card(path).thresholds
+    known = read_card(found[0]).thresholds
     if text not in known:
         shares = ", ".join(known) or "none"
-        raise ValueError(f"[threshold] not a share that {where or path.name} knows; got {text!r}; try one of: {shares}")
+        raise ValueError(
+            f"[threshold] not a share that {where or found[0].name} knows; got {text!r}; try one of: {shares}"
+        )
     return known[text]
 
 

@@ -27,11 +27,7 @@ FORMS = ("linear", "mlp", "shared", "sink", "dms")
 HIDDEN = 48  # of an MLP; the papers take 512
 START = 6.0  # of a bias: everything is kept at first
 SINK_DIM, SINKS = 16, 16
-LAST = {
-    "linear": "weight",
-    "mlp": "last",
-    "shared": "last",
-}  # what of a gate its number is proportional to, the bias aside
+LAST = {"linear": "weight", "mlp": "last", "shared": "last"}  # the parameter of a form that its bias is added to
 
 Draw = Callable[..., mx.array]
 
@@ -222,10 +218,12 @@ class Gates(nn.Module):
             raise ValueError(
                 f"[gates] numbers of this form cannot be moved; got {self.shape.form!r}; try --form linear"
             )
-        last = LAST[self.shape.form]
-        moved = lambda name, x: scale * x if name == last or name.endswith(f".{last}") else x
-        biased = lambda name, x: scale * x + added if name.endswith(".bias") else moved(name, x)
-        self.restore({name: biased(name, x) for name, x in self.arrays().items()})
+        arrays = self.arrays()
+        for name in arrays:
+            own = name.rpartition(".")[2]
+            if own in (LAST[self.shape.form], "bias"):
+                arrays[name] = scale * arrays[name] + (added if own == "bias" else 0.0)
+        self.restore(arrays)
 
     def restore(self, arrays: dict[str, mx.array]) -> None:
         """Set the parameters to those of another of this shape; they are computed with in float32.

@@ -82,8 +82,8 @@ def check_early(plan: Plan, out: Path, restart: bool, minutes: float | None = No
         checkpoint.load(partial, plan.identity())
 
 
-def _start_file(plan: Plan) -> Path:
-    """The gate file to go on from.
+def _start_file(plan: Plan) -> tuple[Path, str]:
+    """The gate file to go on from, and the method that it is for.
 
     Raises:
         ValueError: there is none of a method that this one can go on from.
@@ -95,7 +95,7 @@ def _start_file(plan: Plan) -> Path:
         raise ValueError(
             f"[start] {plan.method} does not go on from these; got gates of {found}; try gates of {wanted}"
         )
-    return path
+    return path, found
 
 
 def fit(
@@ -184,8 +184,7 @@ class _Training:
 
     def _start(self) -> tuple[Gates, str]:
         """The gates to go on from, and the method that they were trained for."""
-        form, path = self.plan.form, _start_file(self.plan)
-        made_for = gate_files.read_card(path).method
+        form, (path, made_for) = self.plan.form, _start_file(self.plan)
         self.watch.say(f"[fit] going on from {path}, gates of {made_for}")
         gates = gate_files.load_for(self.model, made_for, str(path))
         if gates.shape.form != (form or self.plan.how.forms[0]):

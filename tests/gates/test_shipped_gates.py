@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-import mlx.core as mx
-import numpy as np
 import pytest
 
 import mlx_kvprune as kvp
+from mlx_kvprune.evals.conditions import Condition
+from mlx_kvprune.evals.fidelity import trace
+from mlx_kvprune.settings import Budget
 
 pytestmark = pytest.mark.model
 DOCUMENT = Path(__file__).parents[2] / "examples" / "documents" / "aesop-fables.txt"
-TOKENS, CHUNK, LAST = 1024, 128, 256
+TOKENS, LAST = 1024, 256
 
 
 @pytest.fixture(scope="module")
@@ -21,29 +21,17 @@ def smollm2():
     return kvp.load("smollm2-135m", dtype="float32")
 
 
-def log_probabilities(model: Any, tokens: mx.array, cache: Any) -> np.ndarray:
-    """Of the last tokens, read in pieces with a cache ``(LAST, vocab)``."""
-    parts = []
-    for start in range(0, TOKENS, CHUNK):
-        logits = model(tokens[:, start : start + CHUNK], cache=cache)[0]
-        parts.append(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
-        mx.eval(parts[-1], [c.state for c in cache])
-    return np.array(mx.concatenate(parts[-LAST // CHUNK :]).astype(mx.float32))
-
-
 @pytest.mark.parametrize(
-    ("policy", "settings", "bytes_at_most"),
-    [("retention", {"budget": 256}, 1 / 3.9), ("spkv", {"budget": 1000}, 1 / 2)],  # spkv holds what it finds worth it
+    ("policy", "budget", "bytes_at_most"),
+    [("retention", 256, 1 / 3.9), ("spkv", 1000, 1 / 2)],  # spkv holds what it finds worth it
 )
-def test_nearer_to_the_full_cache_than_recency_is(smollm2, policy, settings, bytes_at_most):
+def test_nearer_to_the_full_cache_than_recency_is(smollm2, policy, budget, bytes_at_most):
     """At the same bytes, and by three tenths at least."""
     model, tokenizer = smollm2
-    tokens = mx.array([tokenizer.encode(DOCUMENT.read_text()[20_000:30_000])[:TOKENS]])
-    full = log_probabilities(model, tokens, kvp.make_cache(model, "full"))
-    kl = lambda found: float((np.exp(full) * (full - found)).sum(axis=-1).mean())
-    caches = kvp.make_cache(model, policy, **settings)
-    gated = kl(log_probabilities(model, tokens, caches))
-    held = kvp.report(caches)
-    assert held.kv_bytes < bytes_at_most * held.kv_bytes_full
-    recent = kvp.make_cache(model, "window", budget=f"{held.kv_bytes_peak / 1e6:.2f}MB")
-    assert gated < 0.7 * kl(log_probabilities(model, tokens, recent))
+    tokens = tokenizer.encode(DOCUMENT.read_text()[20_000:30_000])[:TOKENS]
+    kl = lambda found: found.kl[-LAST:].mean()
+    gates = Condition(policy, Budget(budget))
+    gated = trace(model, tokens, [gates])[gates]
+    assert gated.held["kv_bytes"] < bytes_at_most * gated.held["kv_bytes_full"]
+    recency = Condition("window", Budget(nbytes=gated.held["kv_bytes_peak"]))
+    assert kl(gated) < 0.7 * kl(trace(model, tokens, [recency])[recency])

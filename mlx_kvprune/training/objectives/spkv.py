@@ -74,8 +74,7 @@ def level(readings: Sequence[Raws], recipe: Recipe, made_for: str = "spkv") -> L
     """Where gates of ``retention`` start: those of the longest lifetimes, a ``FIRST`` of all, are written."""
     if made_for != "retention":
         return Level()
-    sinks = Bounds(0).n_sink
-    numbers = np.concatenate([np.array(raw)[:, sinks:].reshape(-1) for raws in readings for raw in raws])
+    numbers = np.concatenate([np.array(raw)[:, Bounds.n_sink :].reshape(-1) for raws in readings for raw in raws])
     least = float(np.quantile(numbers, 1 - FIRST))
     if not np.isfinite(least):
         return Level()
