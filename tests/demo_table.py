@@ -1,4 +1,4 @@
-"""The demo's questions, for the fable alone, ``window`` and ``probe``: writes docs/demo.md.
+"""The demo's questions, for the fable alone, ``window``, ``retention`` and ``probe``: writes docs/demo.md.
 
     OPENBLAS_NUM_THREADS=1 python tests/demo_table.py [--rows FILE] [--settings NAMES] [--questions NUMBERS]
 
@@ -22,14 +22,16 @@ ROOT = Path(__file__).parent.parent
 DOCUMENT = ROOT / "examples/documents/aesop-fables.txt"
 QUESTIONS = ROOT / "examples/documents/questions.json"
 ALONE = "the fable alone"
+BUDGET = "24.05MB"  # 512 slots per KV head of what ``probe`` holds
 MAIN: dict[str, dict[str, Any]] = {  # all questions
     ALONE: {"policy": "full", "budget": None},
-    "window, 1,260 slots of 8 bits": {"policy": "window", "budget": "21MB", "kv_bits": 8, "once": True},
-    "probe, 1,024 slots of 8 bits": {"policy": "probe", "budget": 1024, "kv_bits": 8},
-    "probe, 512 slots (`make demo`)": {"policy": "probe", "budget": "24.05MB"},
+    "window": {"policy": "window", "budget": BUDGET, "once": True},
+    "retention": {"policy": "retention", "budget": BUDGET, "once": True},
+    "probe (`make demo`)": {"policy": "probe", "budget": BUDGET},
 }
 MORE: dict[str, dict[str, Any]] = {  # a few questions
-    "window, 515 slots (`make demo`)": {"policy": "window", "budget": "24.05MB"},
+    "window, 1,260 slots of 8 bits": {"policy": "window", "budget": "21MB", "kv_bits": 8, "once": True},
+    "probe, 1,024 slots of 8 bits": {"policy": "probe", "budget": 1024, "kv_bits": 8},
     "probe, 432 slots": {"policy": "probe", "budget": 432},
     "probe, 1,024 slots of 4 bits": {"policy": "probe", "budget": 1024, "kv_bits": 4},
     "probe, 1,024 slots of 8 bits, head_adaptive": {
@@ -48,13 +50,12 @@ so was not run.
 
 The model was trained on 8,192 tokens, so a full cache cannot read this document. The ceiling is **the fable alone**:
 the full cache and the same prompt, but of the document only the fable that has the answer. `probe` reads everything
-for each question, which probes. `window` reads everything once, and each question is asked of a copy: what it keeps does
-not depend on the question. What they kept is read again before they answer (`--reread`). Both have positions in the
-cache (`--positions auto`).
+for each question, which probes. `window` and `retention` read everything once, and each question is asked of a copy: what
+they keep does not depend on the question. All hold the same bytes, have positions in the cache (`--positions auto`), and what
+they kept is read again before they answer (`--reread`).
 
 The questions were chosen by what the model answers from the fable alone, and to spread over the document, before any
-bounded cache was run on it. 1,024 slots of 8 bits were tried after 512 slots had failed at a question (the brick).
-They show the demo at work, they are not a benchmark.
+bounded cache was run on it. They show the demo at work, they are not a benchmark.
 """
 
 
