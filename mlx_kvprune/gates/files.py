@@ -103,6 +103,11 @@ def read_card(path: str | Path) -> Card:
     return _card(_header(Path(path)))
 
 
+def read_form(path: str | Path) -> str:
+    """The form of the gates of a file (see ``GateShape``), without its tensors."""
+    return _shape(Path(path), _header(Path(path)))["form"]
+
+
 def load(path: str | Path) -> tuple[Gates, Card, dict[str, mx.array]]:
     """Gates, card and the fingerprint of the model that they belong to.
 
@@ -112,7 +117,7 @@ def load(path: str | Path) -> tuple[Gates, Card, dict[str, mx.array]]:
     path = Path(path)
     meta = _header(path)
     try:
-        fields = json.loads(meta["shape"])
+        fields = _shape(path, meta)
         named: Any = {k: tuple(v) if isinstance(v, list) else v for k, v in fields.items()}
         shape = GateShape(**named)
         arrays: Any = mx.load(str(path))
@@ -228,7 +233,7 @@ def _of_methods(paths: list[Path], methods: Sequence[str], where: str) -> Path:
         if method in known:
             return known[method]
     wanted, held = " or ".join(map(repr, methods)), ", ".join(known) or "no gate files"
-    raise ValueError(f"[gates] nothing for policy {wanted} in {where}; got {held}; try another --policy")
+    raise ValueError(f"[gates] nothing for policy {wanted} in {where}; got {held}; try another place")
 
 
 def _is_gate_file(path: Path) -> bool:
@@ -237,6 +242,15 @@ def _is_gate_file(path: Path) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _shape(path: Path, meta: dict[str, str]) -> dict[str, Any]:
+    """The fields of a ``GateShape``, as the file has them."""
+    try:
+        fields = json.loads(meta["shape"])
+        return fields | {"form": str(fields["form"])}
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"[gates] a broken gate file; got {path} (no shape); try to get it again") from error
 
 
 def _header(path: Path) -> dict[str, str]:

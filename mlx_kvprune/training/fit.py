@@ -86,7 +86,7 @@ def _start_file(plan: Plan) -> tuple[Path, str]:
     """The gate file to go on from, and the method that it is for.
 
     Raises:
-        ValueError: there is none of a method that this one can go on from.
+        ValueError: there is none of a method that this one can go on from, or of another form.
     """
     methods = plan.method, *plan.how.begins
     path = gate_files.located(plan.start, *methods)
@@ -95,6 +95,9 @@ def _start_file(plan: Plan) -> tuple[Path, str]:
         raise ValueError(
             f"[start] {plan.method} does not go on from these; got gates of {found}; try gates of {wanted}"
         )
+    form = plan.form or plan.how.forms[0]
+    if (other := gate_files.read_form(path)) != form:
+        raise ValueError(f"[start] gates of another form; got {other}; try --form {other}, or other gates")
     return path, found
 
 
@@ -184,14 +187,9 @@ class _Training:
 
     def _start(self) -> tuple[Gates, str]:
         """The gates to go on from, and the method that they were trained for."""
-        form, (path, made_for) = self.plan.form, _start_file(self.plan)
+        path, made_for = _start_file(self.plan)
         self.watch.say(f"[fit] going on from {path}, gates of {made_for}")
-        gates = gate_files.load_for(self.model, made_for, str(path))
-        if gates.shape.form != (form or self.plan.how.forms[0]):
-            raise ValueError(
-                f"[start] gates of another form; got {gates.shape.form}; try --form {gates.shape.form}, or other gates"
-            )
-        return gates, made_for
+        return gate_files.load_for(self.model, made_for, str(path)), made_for
 
     # -- texts -------------------------------------------------------------------------------------------------------
 
