@@ -292,19 +292,19 @@ def about(model: ModelOptions, documents: Sequence[Any]) -> dict[str, Any]:
 
 def run_tasks(tasks: Sequence[Task], job: Job, out: Path | None = None) -> tuple[list[Row], list[str]]:
     """Rows of all tasks, and notes on what they left out; ``out`` keeps every piece of work when it is done."""
-    from mlx_kvprune.evals import density
     from mlx_kvprune.evals import job as jobs
     from mlx_kvprune.evals.origin import origin
     from mlx_kvprune.evals.store import Store
 
-    notes = [density.NOTE] if any(task.name == "density" for task in tasks) else []
+    notes: list[str] = []
     for task in tasks:
         task.check(job)  # refuses now, not after the other tasks
-        notes += task.conditions(job)[1]
-    store = Store(out, origin())
+        notes += [*task.notes(job), *task.conditions(job)[1]]
+    notes = list(dict.fromkeys(notes))
+    store = Store(out, origin() | ({"notes": notes} if notes else {}))
     with _progress(job, tasks, store) as tick:
         jobs.run(job, tasks, store, tick)
-    return [row for task in tasks for row in jobs.rows(job, task, store)], list(dict.fromkeys(notes))
+    return [row for task in tasks for row in jobs.rows(job, task, store)], notes
 
 
 def show(rows: Sequence[Row], markdown: bool, to_stderr: bool) -> None:

@@ -123,4 +123,5 @@ TASK = Task(
     rows,
     length=lambda job: job.tokens,
     question=False,
+    notes=lambda job: [NOTE],
 )

@@ -31,6 +31,7 @@ MEASURES = ("kl", "nll_change", "agreement")
 BLOCK = 32  # tokens that are resampled together
 FEWEST_BLOCKS = 8  # of which a difference is told
 FIRST_BIN = 256
+ALIKE = 1.25  # bytes over fewer bytes, up to which two conditions are compared
 
 
 @dataclass(frozen=True)
@@ -82,9 +83,9 @@ def blocks(one: Trace, start: int) -> dict[str, list[float]]:
 def rows(units: Sequence[Unit]) -> list[dict[str, Any]]:
     """One row per condition; several texts are pooled, their blocks resampled together.
 
-    ``over_window`` is how much more KL there is than with ``window`` at the same budget, block by block: all conditions read
-    the same tokens, so that what makes a block hard for one does for the other, and the difference is known better than
-    either.
+    ``over_window`` is how much more KL there is than with ``window`` at the same budget, block by block, if that holds about
+    as many bytes: all conditions read the same tokens, so that what makes a block hard for one does for the other, and the
+    difference is known better than either.
     """
     groups = list(by_condition(units))
     controls = [some for some in groups if (some[0]["policy"], some[0]["allocator"]) == ("window", "uniform")]
@@ -107,12 +108,18 @@ def _control(unit: Unit, controls: Sequence[Sequence[Unit]]) -> Sequence[Unit]:
     return next((some for some in alike if budget(some[0]) == budget(unit)), alike[0] if len(alike) == 1 else [])
 
 
+def _alike(mine: Sequence[Unit], windows: Sequence[Unit]) -> bool:
+    """Whether they hold about as many bytes: at equal slots a threshold may hold far fewer than ``window`` does."""
+    held = [max(unit["result"]["kv_bytes_peak"] for unit in some) for some in (mine, windows)]
+    return max(held) <= ALIKE * min(held)
+
+
 def _over(mine: Sequence[Unit], windows: Sequence[Unit]) -> dict[str, float]:
     """The mean difference of KL by blocks, on the texts that both have read, with its interval."""
     kl = lambda units: {unit["item"]: x["kl"] for unit in units if (x := unit["result"].get("blocks"))}
     of_mine, control = kl(mine), kl(windows)
     both = [(x, control[item]) for item, x in of_mine.items() if item in control]
-    if not both or mine[0]["policy"] in ("full", "window"):
+    if not both or mine[0]["policy"] in ("full", "window") or not _alike(mine, windows):
         return {}
     x = np.concatenate([np.array(a) - np.array(b) for a, b in both])
     if len(x) < FEWEST_BLOCKS:

@@ -82,8 +82,9 @@ def _against(best: Row, window: Row, of: int) -> str:
 
 
 def _answers(share: str, rows: Sequence[Row]) -> Iterator[str]:
-    """Of each task, wording and table that counts: the most exact answers."""
-    counting = [row for row in rows if row.get("counts") and row["task"] != "ask"]
+    """Of each task, wording and table that counts: the most exact answers of what evicts anything."""
+    evicts = lambda row: not (str(row["budget"]).isdigit() and int(row["budget"]) >= row["prompt_tokens"])
+    counting = [row for row in rows if row.get("counts") and row["task"] != "ask" and evicts(row)]
     kind = lambda row: (row["task"], row["wording"], row.get("table"))
     for task, wording, table in dict.fromkeys(kind(row) for row in counting):
         mine = [row for row in counting if kind(row) == (task, wording, table)]

@@ -136,6 +136,7 @@ class Task:
         fits: refuses a condition that this task has no room for.
         alone: whether an item depends on its number and the seed only, not on how many there are.
         own: what else of the job decides what its results are.
+        notes: what a reader of its results should know of this job.
     """
 
     name: str
@@ -151,6 +152,7 @@ class Task:
     fits: Callable[[Job, Condition], Any] = lambda job, condition: None
     alone: bool = True
     own: Callable[[Job], dict[str, Any]] = lambda job: {}
+    notes: Callable[[Job], list[str]] = lambda job: []
 
     def conditions(self, job: Job) -> tuple[list[Condition], list[str]]:
         """The conditions that take part, and notes on the others."""

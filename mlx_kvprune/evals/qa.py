@@ -43,6 +43,15 @@ def middle_cut(tokenizer: Any, text: str, n_tokens: int) -> str:
     return tokenizer.decode(tokens[:half]) + tokenizer.decode(tokens[-half:])
 
 
+def notes(job: Job) -> list[str]:
+    """That texts are cut, if some are: what the answer stands in may be in the middle."""
+    some = items(job)
+    longer = sum(len(encode(job.tokenizer, document.text)) > job.haystack for document in some)
+    if not longer:
+        return []
+    return [f"qa: {longer} of {len(some)} texts are longer than --haystack {job.haystack} and are cut in the middle"]
+
+
 def measure(job: Job, document: Document, conditions: Sequence[Condition], tick: Tick) -> Measured:
     """The best answer's outcome for each condition."""
     text = middle_cut(job.tokenizer, document.text, job.haystack)
@@ -59,4 +68,4 @@ def work(job: Job, document: Document, conditions: Sequence[Condition]) -> int:
     return job.haystack * len(conditions)
 
 
-TASK = Task("qa", "the data's own questions", items, measure, work, functools.partial(judge.rows, "qa"))
+TASK = Task("qa", "the data's own questions", items, measure, work, functools.partial(judge.rows, "qa"), notes=notes)

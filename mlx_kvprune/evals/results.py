@@ -13,12 +13,13 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from mlx_kvprune.evals import tables
 from mlx_kvprune.evals.findings import findings, over_seeds
-from mlx_kvprune.evals.frontier import panels
+from mlx_kvprune.evals.frontier import label, panels
 from mlx_kvprune.evals.store import Unit, parsed
 from mlx_kvprune.evals.tasks import TASKS
 from mlx_kvprune.report.frontier import draw
@@ -36,13 +37,17 @@ day, the machine and the versions.
 - KL is from the full cache's prediction, in nats a token, over the second half of the text; in brackets 95% intervals of a
   block bootstrap. *KL over window's*: the difference on the same tokens, which is known better than either.
 - Answers are exact if every token was the model's first choice; log p is the answer's, in nats;
-  *against full's*: minus that of the full cache for the same questions.
+  *against full's*: minus that of the full cache for the same questions. In `turns`, where so small a model seldom says
+  the word even with the full cache (*first choice*), a question counts as answered if the word is likelier than with the full
+  cache after the same conversation without that fact.
 - Questions count only where the full cache solves 80%. *Of full's*: how many of the full cache's answers are left. Facts are
   invented, of kinds that the full cache finds; questions repeat the fact's words unless they are called paraphrased, and the
   answer's first words are given. Intervals are Wilson's; where a document has several questions (`ask`), of as many
   independent ones as these are worth by their design effect, with Student's quantile.
 - **Capacity-bound** tasks need many things held at once, **dilution-bound** ones one thing among much else: a
   policy may gain in one and lose in the other.
+- A condition that has no room at a budget, beside sinks, window and block and what its policy remembers, is left out; under a
+  table stands which. Allocators other than a policy's own were measured for `tova` alone.
 - `window` (sinks and the newest tokens) and `random` are controls. `retention` asks learned gates (docs/gates.md), whose own
   bytes (SmolLM2's: 1.7 MB in the file, twice that at work) are not in `kv MB`. Training did not see these texts; at
   `aesop-fables` gates were looked at while they trained, and `mansfield-park` was looked at to say how long a block of
@@ -156,7 +161,23 @@ def _section(table: Table, picture: Path | None) -> str:
     if picture is not None and table.task == "fidelity" and len(budgets) >= DRAWN_FROM:
         draw(panels(rows), picture)
         text += [f"![KL against bytes]({picture.resolve().parent.name}/{picture.name})", ""]
-    return "\n".join([*text, tables.drawn(header, cells)])
+    return "\n".join([*text, tables.drawn(header, cells), *_left_out(table, rows)])
+
+
+def _left_out(table: Table, rows: Sequence[Row]) -> Iterator[str]:
+    """What was asked for and not measured: as the runs say, or as the budgets say that others were measured at."""
+    notes = [note for run in table.runs for note in run.get("notes", ()) if note.startswith(f"{table.task}: ")]
+    shares = sorted({row["share"] for row in rows if row.get("share")}, key=Fraction, reverse=True)
+    measured: dict[str, set[str]] = {}
+    for row in rows:
+        if row.get("share"):
+            measured.setdefault(label(row, rows), set()).add(row["share"])
+    gaps = [
+        f"`{who}` at {', '.join(x for x in shares if x not in at)}" for who, at in measured.items() if set(shares) - at
+    ]
+    said = [note.removeprefix(f"{table.task}: ") for note in dict.fromkeys(notes)] or gaps
+    if said:
+        yield f"\nLeft out: {'; '.join(said)}."
 
 
 def _gates(table: Table) -> list[tuple[str, str]]:

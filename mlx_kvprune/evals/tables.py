@@ -63,13 +63,20 @@ def _generation(row: Row) -> Cells:
             "KL of own words": f"{max(0.0, row['own_kl']):.3f}",
             "full says the same": f"{row['own_agreement']:.1%}",
         }
-    return {"length": f"{row['length']:.1f}", "inflation": inflation, "loops": f"{row['loops']}/{row['texts']}", **same}
+    ends = {"cut off": f"{row['cut']}/{row['texts']}", "loops": f"{row['loops']}/{row['texts']}"}
+    return {"length": f"{row['length']:.1f}", "inflation": inflation, **ends, **same}
 
 
 def _density(row: Row) -> Cells:
     most = [x["compression"] for x in row["by_text"]]
+    longest = {
+        f"{x['kind']}, {x['tokens']}": f"{x['compression']:.1f}x"
+        for x in row["by_text"]
+        if x["tokens"] == row["tokens"]
+    }
     return {
         "compression": f"{min(most):.1f}-{max(most):.1f}x",
+        **longest,
         "for a doubling": f"{row['slope']:+.2f} (R2 {row['r2']:.2f})",
         "density": f"{row['density']:.3f}",
         "heads": f"{row['density_least']:.3f}-{row['density_most']:.3f}",
@@ -93,6 +100,10 @@ def _question_lines(rows: Sequence[Row]) -> list[Cells]:
         name = f"{row['wording']} (full {full_rate(row, rows)})"
         cells[name] = f"{row['exact']}/{row['trials']}"
         cells[f"{row['wording']}: of full's"] = f"{row['kept']}/{row['exact_full']}"
+        if all(
+            "first" in x for x in row["outcomes"]
+        ):  # where an answer is right that is likelier than if nobody had told it
+            cells[f"{row['wording']}: first choice"] = f"{sum(x['first'] for x in row['outcomes'])}/{row['trials']}"
         cells[f"{row['wording']}: log p"] = f"{row['logprob']:.2f}"
         if any("gain" in x for x in rows):
             own = row["policy"] == "full" or "gain" not in row

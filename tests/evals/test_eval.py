@@ -47,9 +47,10 @@ def test_tasks_as_json_markdown_rows_and_a_picture(run, tmp_path):
     ]
     assert {row["policy"] for row in fields["rows"] if row["task"] == "needles"} >= {"full", "probe"}
     first, *units = [json.loads(line) for line in out.read_text().splitlines()]
-    assert set(first["run"]) == {"command", "date", "machine", "versions"}
+    assert set(first["run"]) == {"command", "date", "machine", "versions", "notes"}
     assert len(units) == 4 + 4 + 2 * 5
     assert [note[:18] for note in fields["notes"]] == ["fidelity: probe 22", "regret: probe 224 "]
+    assert first["run"]["notes"] == fields["notes"]
     for text in ("**fidelity**", "**needles (dilution-bound", "**regret**", "| full | unbounded |", "does not count"):
         assert text in done.stderr
     assert picture.read_bytes().startswith(b"\x89PNG")

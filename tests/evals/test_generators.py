@@ -146,3 +146,7 @@ def test_long_texts_are_cut_in_the_middle():
     documents = [texts.Document("x"), texts.Document("y", question="?", answers=("z",))]
     job = type("Job", (), {"documents": documents, "trials": 5})
     assert qa.items(job) == documents[1:]
+    long = [texts.Document("a b c d", question="?", answers=("z",)), *documents[1:]]
+    about = lambda haystack: type("Job", (), {"documents": long, "trials": 5, "tokenizer": Words, "haystack": haystack})
+    assert qa.notes(about(4)) == []
+    assert qa.notes(about(2)) == ["qa: 1 of 2 texts are longer than --haystack 2 and are cut in the middle"]

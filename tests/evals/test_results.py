@@ -31,7 +31,7 @@ def prediction(policy: str, kl: float, width: float = 0.01, share: str = "1/4", 
 
 
 def answers(task: str, policy: str, *exact: int, share: str = "1/4", **more) -> dict:
-    outcome = {"wording": "w", "logprob": -1.0, "prompt_tokens": 9, **dict.fromkeys(SIZES, 5_000_000)}
+    outcome = {"wording": "w", "logprob": -1.0, "prompt_tokens": 99, **dict.fromkeys(SIZES, 5_000_000)}
     return unit(task, policy, {"outcomes": [{**outcome, "exact": bool(x)} for x in exact]}, share, **more)
 
 
@@ -185,6 +185,48 @@ def test_what_full_does_not_solve_is_no_finding(tmp_path):
     assert "`tova` 2/2" not in text
     assert "nothing follows: tracking (w: 1/2)" in text
     assert "does not count" in text
+
+
+def test_a_cache_that_held_everything_is_no_finding(tmp_path):
+    """At 4 bits a quarter of the bytes may be room for all of a short text."""
+    roomy = {**answers("needles", "window", 1, 1), "budget": "99"}
+    text = page(tmp_path, answers("needles", "full", 1, 1), roomy, answers("needles", "tova", 1, 0))
+    assert "needles (w): `tova` 1/2" in text and "`window` 2/2" not in text and "| window | 1/4 | 99 | 2/2 |" in text
+
+
+def test_what_the_model_would_have_said_stands_beside(tmp_path):
+    def told(policy: str, *first: bool) -> dict:
+        unit = answers("turns", policy, 1, 1)
+        for outcome, said in zip(unit["result"]["outcomes"], first, strict=True):
+            outcome["first"] = said
+        return unit
+
+    header, *lines = (
+        x for x in page(tmp_path, told("full", 1, 0), told("tova", 0, 0)).splitlines() if x.startswith("| ")
+    )
+    at = header.split(" | ").index("w: first choice")
+    assert [line.split(" | ")[at] for line in lines[1:]] == ["1/2", "0/2"]
+
+
+def test_what_was_left_out_is_said(tmp_path):
+    units = [prediction("full", 0.0), *(prediction("window", 0.2, share=share) for share in ("1/4", "1/8"))]
+    assert "Left out: `tova` at 1/8." in page(tmp_path, *units, prediction("tova", 0.1))
+    assert "Left out" not in page(tmp_path, *units)
+    path = tmp_path / "noted.jsonl"
+    notes = ["fidelity: probe 25 skipped: no question", "regret: probe 25 skipped"]
+    path.write_text("".join(json.dumps(line) + "\n" for line in ({"run": {**RUN, "notes": notes}}, *units)))
+    assert "\n\nLeft out: probe 25 skipped: no question.\n" in results.page(results.read([path]))
+
+
+def test_other_bytes_are_no_control():
+    """A threshold may hold far less than its budget; what ``window`` holds of that is no measure."""
+    blocks = {"blocks": {"kl": [0.1] * 8}}
+    window, other = (
+        {**x, "result": {**x["result"], **blocks}} for x in (prediction("window", 0.1), prediction("spkv", 0.1))
+    )
+    assert "over_window" in fidelity.rows([window, other])[1]
+    other["result"]["kv_bytes_peak"] = 1_000_000
+    assert "over_window" not in fidelity.rows([window, other])[1]
 
 
 def test_kinds_of_bounds_are_apart(tmp_path):
