@@ -52,6 +52,8 @@ day, the machine and the versions.
   bytes (SmolLM2's: 1.7 MB in the file, twice that at work) are not in `kv MB`. Training did not see these texts; at
   `aesop-fables` gates were looked at while they trained, and `mansfield-park` was looked at to say how long a block of
   `global` may be.
+- The defaults that follow: `retention` where gates come along; without gates `window`, for no untrained policy is better
+  everywhere and on both models ([LOG.md](../LOG.md), 2026-11-29); `probe` for `ask` with one question.
 """
 
 

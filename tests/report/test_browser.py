@@ -262,6 +262,7 @@ def test_opens_soon(opened, policies, capsys):
     began = time.monotonic()
     tab = opened(page.Text("synthetic.txt", pieces), traces)
     everything, ready = time.monotonic() - began, int(tab.evaluate("document.documentElement.dataset.ready")) / 1000
+    assert tab.locator("#time").input_value() == "250", "the slider is where all has been read"
     tab.evaluate("page.t = 4000")
     redraw = tab.evaluate("(() => { const a = performance.now(); page.show(); return performance.now() - a; })()")
     with capsys.disabled():

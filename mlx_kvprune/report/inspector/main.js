@@ -152,7 +152,8 @@ class Page {
 
   controls() {
     const time = $("time");
-    time.max = time.value = Math.ceil(this.n / STEP);
+    time.max = Math.ceil(this.n / STEP);
+    time.value = time.max; // not before there is room for it: 100 is the most until then
     time.addEventListener("input", () => this.setTime(Number(time.value) * STEP));
     $("measure").addEventListener("change", (e) => { this.measure = e.target.value; this.redraw(); });
     $("cell").addEventListener("change", (e) => { this.cell = e.target.value; this.redraw(); });
