@@ -137,7 +137,7 @@ Seed = Annotated[
     int, _option("--seed", min=0, help="Of everything that is drawn, and which excerpts of the texts are read.")
 ]
 Quick = Annotated[
-    bool, _option("--quick", help="A grid of about 80,000 tokens: under ten minutes on two quiet CPU cores.")
+    bool, _option("--quick", help="A grid of about 70,000 tokens: under ten minutes on two quiet CPU cores.")
 ]
 GridName = Annotated[
     str,

@@ -24,12 +24,12 @@ LENGTHS = ("tokens", "haystack", "trials", "texts", "answer_tokens")
 PRESETS: dict[str, dict[str, Any]] = {
     "": {},
     "quick": {
-        "policies": "snapkv,tova,probe",
+        "policies": "retention,tova,probe",  # models without gates do without the first, and are told so
         "budgets": "1/4,1/8",
         "tasks": "fidelity,regret,needles,generation",
         "tokens": 1024,
         "haystack": 1024,
-        "trials": 4,
+        "trials": 3,
         "answer_tokens": 96,
     },
     "standard": {
