@@ -147,8 +147,15 @@ def test_keys(opened, traces):
     assert not card.is_visible()
     tab.keyboard.press("[")
     settled(tab)
-    assert tab.locator("#time-out").inner_text() == f"{(T - 32 + 16) // 32 * 32} of {T}"
-    tab.keyboard.press("/")
+    assert tab.locator("#time-out").inner_text() == f"{(T - 1) // 32 * 32} of {T}"
+    tab.keyboard.press("]")
+    settled(tab)
+    tab.locator("#time").focus()
+    for left in (1, 2):
+        tab.keyboard.press("ArrowLeft")
+        settled(tab)
+        assert tab.locator("#time-out").inner_text() == f"{((T + 31) // 32 - left) * 32} of {T}", "it is not drawn back"
+    tab.keyboard.press("/")  # also from the slider
     tab.keyboard.type("WORD40")
     hits = [i for i, x in enumerate(PIECES) if "word40" in x]
     assert tab.locator("#hits").inner_text() == f"1 of {len(hits)}"
@@ -174,6 +181,47 @@ def test_hovering_says_when_a_token_was_evicted(opened, traces):
     assert f"when {trace.ends[0][token]} tokens were read" in text
     assert f"{trace.ends[0][token] - token} of {T - token} tokens" in text
     assert f"{token}" in text.split("last score")[1], "window scores are positions"
+
+
+def test_the_map_says_whose_line_it_is(opened, traces):
+    tab = opened(page.Text("a.txt", PIECES), traces)
+    canvas = tab.locator(".panel canvas").first
+    for row in (0, 3):
+        height = tab.evaluate("page.panels[0].map.height")
+        canvas.hover(position={"x": 200, "y": (row + 0.5) * height})
+        text = tab.locator("#card").inner_text()
+        assert (
+            f"layer {row // 2}, head {row % 2}" in text
+            and "held by" not in text.split("last score")[0].split("\n\n")[0]
+        )
+
+
+def test_what_is_looked_for_comes_into_view(opened, traces):
+    """Lines have no height before they are seen; the box, and the page around it, go to where they will be."""
+    tab = opened(page.Text("a.txt", [f"word{i}\n" for i in range(T)]), traces, viewport={"width": 1300, "height": 500})
+    seen = "(() => { const b = page.panels[0].text, s = b.spans[b.at].getBoundingClientRect();"
+    seen += " const r = b.box.getBoundingClientRect();"
+    seen += " return s.top >= Math.max(0, r.top) && s.bottom <= Math.min(innerHeight, r.bottom); })()"
+    tab.locator("#search").fill(f"word{T - 2}")
+    settled(tab)
+    assert tab.evaluate(seen)
+    tab.locator(".text").first.focus()
+    for key in ("Home", "End"):
+        tab.keyboard.press(key)
+        settled(tab)
+        assert tab.evaluate(seen) and tab.locator("#card").is_visible()
+
+
+def test_a_row_of_the_table_keeps_the_focus(opened, traces):
+    tab = opened(page.Text("a.txt", PIECES), traces)
+    tab.locator(".panel details summary").first.click()
+    tab.locator(".panel details tbody button").nth(2).focus()
+    tab.keyboard.press("Enter")
+    settled(tab)
+    assert (
+        tab.evaluate("[...document.querySelectorAll('.panel details tbody button')].indexOf(document.activeElement)")
+        == 2
+    )
 
 
 def test_nasty_text_is_shown_and_not_run(opened, traces):

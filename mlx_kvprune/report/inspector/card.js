@@ -1,13 +1,14 @@
 // What is known of one token, beside it; and the same as a sentence.
+const QUOTED = 200; // characters of a token, at most
 class Card {
   constructor(page) { this.page = page; this.box = document.getElementById("card"); }
 
   hide() { this.box.hidden = true; }
 
-  show(i, run, rect) {
+  show(i, run, rect, row) { // of one head, or of those that are chosen
     if (!rect) return;
     const facts = make("dl");
-    for (const [term, fact] of this.facts(i, run)) facts.append(make("dt", {}, term), make("dd", {}, fact));
+    for (const [term, fact] of this.facts(i, run, row)) facts.append(make("dt", {}, term), make("dd", {}, fact));
     this.box.replaceChildren(make("p", {}, make("b", {}, this.quoted(i)), ` token ${count(i)}`, i < this.page.before ? ", of the prompt" : ""), facts);
     this.box.hidden = false;
     const { width, height } = this.box.getBoundingClientRect(), below = rect.bottom + 6;
@@ -17,11 +18,11 @@ class Card {
 
   quoted(i) {
     const piece = this.page.pieces[i];
-    return piece ? `\u201c${visible(piece).replace(/\n/g, "\u21b5").replace(/\t/g, "\u21e5")}\u201d` : "(part of a character)";
+    return piece ? `\u201c${visible(piece.length > QUOTED ? `${piece.slice(0, QUOTED)}\u2026` : piece).replace(/\n/g, "\u21b5").replace(/\t/g, "\u21e5")}\u201d` : "(part of a character)";
   }
 
-  facts(i, run) {
-    const { t, rows: chosen } = this.page, rows = chosen(run), out = [], all = run.all();
+  facts(i, run, row) {
+    const { t, rows: chosen } = this.page, rows = row === undefined ? chosen(run) : [row], out = [], all = run.all();
     if (i >= t) return [["read", "not yet, at this moment"]];
     const holding = rows.filter((r) => run.holds(r, i, t)).length;
     const stay = rows.reduce((sum, r) => sum + Math.min(run.end(r, i), t) - i, 0) / rows.length;
@@ -60,7 +61,8 @@ class Card {
     const rank = known.reduce((sum, r) => sum + run.rank(r, i), 0) / known.length / 254;
     const scores = known.map((r) => run.score(r, i)).sort((a, b) => a - b);
     const text = known.length === 1 ? number(scores[0]) : `${number(scores[0])} to ${number(scores[scores.length - 1])}, median ${number(scores[scores.length >> 1])}`;
-    return [["last score", text], ["its rank", `above ${percent(rank)} of what competed`]];
+    const when = this.page.t < run.n_tokens ? ", at the end of the text" : ""; // no other is known
+    return [[`last score${when}`, text], ["its rank", `above ${percent(rank)} of what competed`]];
   }
 
   spoken(i, run) {

@@ -75,7 +75,9 @@ class HeadTable {
       make("button", { type: "button", onclick: () => this.sort(i) }, name + (i === this.by ? (this.down ? " \u2193" : " \u2191") : ""))));
     const body = rows.map((x) => make("tr", {}, make("th", { scope: "row" }, make("button", { type: "button", onclick: () => this.page.select(run, x[6], true), "aria-label": `Show ${run.label(x[6])}` }, String(x[0]))),
       ...[String(x[1]), count(x[2]), percent(x[3]), count(x[4]), percent(x[5])].map((text) => make("td", {}, text))));
+    const buttons = () => [...this.table.querySelectorAll("tbody button")], at = buttons().indexOf(document.activeElement);
     this.table.replaceChildren(make("thead", {}, make("tr", {}, ...head)), make("tbody", {}, ...body));
+    if (at >= 0) buttons()[at].focus(); // it was replaced while it had the focus
   }
 
   sort(i) {

@@ -40,6 +40,7 @@ function sharp(canvas, h) {
   const w = canvas.clientWidth, scale = Math.min(3, window.devicePixelRatio || 1);
   if (!w) return null;
   canvas.style.height = `${h}px`;
+  canvas.style.setProperty("--w", `${w}px`); // for print, where a page is as wide as it is
   canvas.width = Math.round(w * scale);
   canvas.height = Math.round(h * scale);
   const context = canvas.getContext("2d");

@@ -91,8 +91,7 @@ class Page {
   }
 
   setTime(t) {
-    this.t = Math.max(0, Math.min(this.n, Math.round(t / STEP) * STEP));
-    if (t >= this.n - STEP / 2) this.t = this.n;
+    this.t = t >= this.n ? this.n : Math.max(0, Math.min(this.n, Math.round(t / STEP) * STEP));
     $("time").value = Math.ceil(this.t / STEP);
     this.redraw();
   }
@@ -165,6 +164,7 @@ class Page {
     $("next").addEventListener("click", () => this.step(1));
     $("previous").addEventListener("click", () => this.step(-1));
     document.addEventListener("keydown", (e) => this.key(e));
+    document.addEventListener("scroll", (e) => { if (e.target === document) this.scrolled(); }, { passive: true });
     document.addEventListener("kvp-theme", () => this.redraw());
     const resized = later(() => { this.charts(); this.show(); });
     window.addEventListener("resize", resized);
@@ -186,9 +186,9 @@ class Page {
 
   key(event) {
     if (event.key === "Escape") return this.card.hide();
-    if (event.ctrlKey || event.metaKey || event.altKey || /^(INPUT|SELECT|TEXTAREA)$/.test(event.target.tagName)) return;
+    if (event.ctrlKey || event.metaKey || event.altKey || event.target.matches('input[type="search"], input[type="text"], select, textarea')) return;
     const does = {
-      "/": () => $("search").focus(), "[": () => this.setTime(this.t - STEP), "]": () => this.setTime(this.t + STEP),
+      "/": () => $("search").focus(), "[": () => this.setTime((Math.ceil(this.t / STEP) - 1) * STEP), "]": () => this.setTime(this.t + STEP),
       a: () => { this.selected = null; this.redraw(); }, t: () => Theme.next(),
     }[event.key];
     if (does) { event.preventDefault(); does(); }
@@ -236,6 +236,11 @@ class Page {
   }
 
   reveal(i) { for (const panel of this.shown) panel.text.go(i); }
+
+  scrolled() { // the page: the keyboard's token keeps its card
+    const view = this.shown.map((panel) => panel.text).find(({ box, at }) => box === document.activeElement && at >= 0);
+    if (view) view.placeCard(); else this.card.hide();
+  }
 
   followScroll(box) { // texts side by side scroll together
     if (this.leading && this.leading !== box) return;

@@ -52,7 +52,7 @@ class HeadGrid {
   }
 }
 
-const LEFT = 34, BOTTOM = 16; // of the pictures: room for labels, in CSS pixels
+const LEFT = 46, BOTTOM = 16; // of the pictures: room for labels, in CSS pixels
 
 class PositionMap {
   constructor(page, run) {

@@ -27,6 +27,7 @@ class TextView {
     this.waiting = chunks(page.pieces);
     this.state = { levels: null, held: null, t: run.n_tokens };
     this.box.addEventListener("pointerover", (e) => this.point(e));
+    this.box.addEventListener("pointermove", (e) => { this.mouse = [e.clientX, e.clientY]; });
     this.box.addEventListener("click", (e) => this.point(e, true));
     this.box.addEventListener("pointerleave", () => page.card.hide());
     this.box.addEventListener("keydown", (e) => this.key(e));
@@ -81,14 +82,21 @@ class TextView {
   }
 
   point(event, stay = false) {
+    const [x, y] = this.mouse || [];
+    this.mouse = [event.clientX, event.clientY];
+    if (!stay && x === event.clientX && y === event.clientY) return; // the text moved under a mouse that rests
     const i = this.index(event.target);
     if (i < 0) return this.page.card.hide();
     if (stay) this.go(i, false);
     this.page.card.show(i, this.run, this.spans[i].getClientRects()[0]);
   }
 
-  scrolled() { // what hovers goes with its token, as long as that can be seen
+  scrolled() {
     this.page.followScroll(this.box);
+    this.placeCard();
+  }
+
+  placeCard() { // what hovers goes with its token, as long as that can be seen
     if (document.activeElement !== this.box || this.at < 0) { if (this.box.matches(":hover")) this.page.card.hide(); return; }
     const rect = this.spans[this.at].getClientRects()[0], { top, bottom } = this.box.getBoundingClientRect();
     if (!rect || rect.bottom < top || rect.top > bottom) this.page.card.hide();
@@ -116,13 +124,13 @@ class TextView {
     if (scroll) this.reveal(i);
   }
 
-  reveal(i) { // scroll the box, not the page
+  reveal(i) { // scroll the box, and the page as far as must be
     this.build(Infinity, i);
-    const box = this.box, place = () => this.spans[i].getBoundingClientRect().top - box.getBoundingClientRect().top;
-    for (let tries = 0; tries < 3; tries++) { // chunks get their true heights as they come into view
-      const y = place();
-      if (y > 24 && y < box.clientHeight - 60) return;
-      box.scrollTop += y - box.clientHeight / 3;
-    }
+    const box = this.box, span = this.spans[i], bar = $("bar").getBoundingClientRect();
+    span.parentNode.style.contentVisibility = "visible"; // it has its true height now, not with the next frame
+    const y = span.getBoundingClientRect().top - box.getBoundingClientRect().top;
+    if (y < 24 || y > box.clientHeight - 60) box.scrollTop += y - box.clientHeight / 3;
+    const { top, bottom } = span.getBoundingClientRect();
+    if (top < bar.height + 8 || bottom > innerHeight - 8) window.scrollBy(0, top - innerHeight / 2);
   }
 }
