@@ -13,6 +13,7 @@ import contextlib
 import functools
 import inspect
 import sys
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -88,11 +89,12 @@ def attach(
         ValueError: unknown policy, budget too small, or a model that cannot be bounded.
     """
     wanted, model = settings_from(policy=policy, budget=budget, **settings), decoder(model)
+    first = SLOT not in getattr(model, "__dict__", {})  # else caches may be in use that need what is there
     attachment = hooked(model)
     try:
         slots_for(model, wanted)
     except ValueError:
-        if attachment.settings is None:
+        if first:
             detach(model)
         raise
     attachment.settings = wanted
@@ -154,6 +156,7 @@ def make_from_settings(model: nn.Module, settings: CacheSettings) -> list[Any]:
         cache.frame = most if longest is None else min(most, max(longest, max(slots or [0])))
         cache.alone, cache.lends = attachment.rung.unbatched, attachment.rung.lends
         cache.rope, cache.model_id = find_rope(attachment.rung.layers[layer].attention), identity
+        cache.model = weakref.ref(model)
         _tell_gate(model, cache)
         return cache
 
@@ -358,6 +361,7 @@ def tell_ropes(model: nn.Module, bounded: list[PrunedKVCache]) -> None:
             cache.lends = attachment.rung.lends
             cache.longest = _longest(model, cache.settings)
             cache.rope = find_rope(attachment.rung.layers[cache.layer].attention)
+            cache.model = weakref.ref(model)
             _tell_gate(model, cache)
 
 

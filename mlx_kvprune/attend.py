@@ -13,6 +13,7 @@ from mlx_kvprune.numerics import LOG2_E, exp2
 from mlx_kvprune.slots import EVERYTHING, PagedPart, Part, Sight
 
 Mask = mx.array | str | None
+HALF_SUM = 64.0  # what weights sum to in float16: values up to 1,000 fit, and so do weights of a millionth
 WITHIN = {
     mx.float32: 1e-3,
     mx.float16: 2.0**-7,
@@ -158,8 +159,11 @@ def attend_ops(
         totals.append(exp2(peaks[-1] - peak))
     total = sum(totals[1:], totals[0])
     total = mx.where(total > 0, total, 1.0) if may_hide_all else total
-    products = [part.mix(w) for part, w in zip(parts, weights, strict=True)]
-    out = (sum(products[1:], products[0]) / total).astype(queries.dtype).reshape(batch, n_heads, n_new, -1)
+    mixed, sums = weights, total
+    if queries.dtype == mx.float16:  # which the sum of many values may be too large for
+        mixed, sums = [w * part.spread(HALF_SUM / total) for part, w in zip(parts, weights, strict=True)], HALF_SUM
+    products = [part.mix(w) for part, w in zip(parts, mixed, strict=True)]
+    out = (sum(products[1:], products[0]) / sums).astype(queries.dtype).reshape(batch, n_heads, n_new, -1)
     if not want_weights:
         return Attended(out)
     by_head = (part.by_head(w) / total for part, w in zip(parts, weights, strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -115,6 +116,7 @@ class PrunedKVCache:
         self.alone = ""  # why the model cannot be batched, if it cannot
         self.longest: int | None = None  # positions that the model was trained for, where those in the cache are meant
         self.model_id = ""  # says whose keys these are
+        self.model: weakref.ref[Any] | None = None  # whose they are, once that is known
         self._rope: Shared | None = None
         self._gate: Shared | None = None
         self.staged: mx.array | None = None  # what the gate said of the tokens whose keys come next
@@ -252,7 +254,7 @@ class PrunedKVCache:
 
     def is_trimmable(self) -> bool:
         """Whether the newest tokens can be taken back exactly: nothing was evicted, no signal saw their queries."""
-        return not self.held.final and not self.scorer.hears
+        return self.held.whole and not self.scorer.hears
 
     def can_rewind(self, n: int) -> bool:
         """Whether the newest ``n`` tokens can be taken back exactly: since then nothing was evicted or requantized."""
@@ -308,7 +310,12 @@ class PrunedKVCache:
         self._note_peak()
 
     def check_drop(self, close: bool) -> None:
-        """Raise ``ValueError`` where closing a gap would turn quantized keys."""
+        """Raise ``ValueError`` where closing a gap would turn quantized keys, or empty slots would be attended to."""
+        if self.dense and any(pool.count for pool in self.held.pools):
+            raise ValueError(
+                "[drop] this model attends by itself, and would see the emptied slots; got tokens that left the window; try "
+                "it before they do, or a model that `attach` calls ragged"
+            )
         if close and self.settings.positions == "text" and not all(spec.exact for spec in self.held.specs):
             raise ValueError(
                 "[drop] closing a gap turns keys, which would add up errors of quantized ones; "

@@ -122,7 +122,7 @@ def _in_steps(call: Call, inputs: mx.array, caches: Any, bounded: list[PrunedKVC
     out, start, total = [], 0, inputs.shape[1]
     lead = leading(bounded)
     while start < total:
-        asked = lead.held.evicts_next() and bool(lead.settings.question)
+        asked = bool(lead.settings.question) and any(c.held.evicts_next() for c in bounded if not c.local or c is lead)
         if asked:
             probe(call, caches, bounded)
         settle(bounded)

@@ -110,8 +110,21 @@ def drop(cache: list[Any], start: int, stop: int, *, close: bool = False) -> Non
         )
     for c in bounded:
         c.check_drop(close)
+    if close and bounded[0].settings.positions == "text":
+        _check_turning(bounded[0])
     for c in bounded:
         c.drop(start, stop, close)
+
+
+def _check_turning(cache: PrunedKVCache) -> None:
+    """Raise ``ValueError`` where a model's cached keys are not what its rotary module put out, so that it cannot turn them."""
+    from mlx_kvprune.attach import attachment_of, cannot_rank
+
+    model = cache.model() if cache.model is not None else None
+    if model is not None and attachment_of(model) is not None and (reason := cannot_rank(model)):
+        raise ValueError(
+            f"[drop] closing a gap turns keys, which this model's are not made for; got {reason}; try close=False"
+        )
 
 
 def end_turn(cache: list[Any]) -> None:

@@ -262,3 +262,14 @@ def test_a_make_cache_of_the_instances_own_is_used_and_put_back():
 def test_what_is_not_a_model_is_refused(wrong):
     with pytest.raises(ValueError, match="not a model of mlx-lm"):
         kvp.attach(wrong)
+
+
+def test_a_refused_attach_leaves_caches_in_use():
+    model = zoo.tiny_model("llama")
+    cache = kvp.make_cache(model, "knorm", 176, window=16)
+    tokens = mx.arange(20)[None]
+    model(tokens, cache=cache)
+    with pytest.raises(ValueError, match="budget"):
+        kvp.attach(model, "knorm", 10, quiet=True)
+    assert model(tokens, cache=cache).shape == (1, 20, 128)
+    kvp.detach(model)

@@ -376,6 +376,63 @@ def test_everything_can_be_dropped():
             layer.check()
 
 
+@pytest.mark.parametrize("allocator", ["uniform", "head_adaptive", "global"])
+@pytest.mark.parametrize("policy", ["knorm", "probe"])
+def test_reading_goes_on_where_everything_was_dropped(policy, allocator):
+    more = {"question": (3, 5, 8)} if policy == "probe" else {}
+    model = attached("as they are", policy=policy, allocator=allocator, **more)
+    cache = model.make_cache()
+    read(model, cache, text(200))
+    kvp.drop(cache, 0, 200)
+    read(model, cache, text(300, 2))
+    keeps_its_word(cache)
+
+
+@pytest.mark.parametrize("store", EXACT)
+def test_what_went_through_the_pools_does_not_go_back(store):
+    """After all of it was dropped and the gap closed, nothing is as it was when it was read."""
+    model = attached(store)
+    cache, fresh = model.make_cache(), model.make_cache()
+    read(model, cache, text(200))
+    kvp.drop(cache, 0, 200, close=True)
+    again = text(20, 2)
+    read(model, cache, again)
+    assert not any(c.is_trimmable() for c in bounded(cache))
+    kvp.rewind(cache, 1)
+    read(model, fresh, again[:, :-1])
+    assert [c.held.ring.count for c in bounded(cache)] == [19, 19]
+    np.testing.assert_allclose(read(model, cache, text(5, 3)), read(model, fresh, text(5, 3)), atol=1e-4)
+
+
+def test_models_that_attend_by_themselves_drop_from_the_ring_alone():
+    """Their attention has no mask for slots that were emptied."""
+    model = tiny_model("gemma2")
+    cache, fresh = (kvp.make_cache(model, "knorm", BUDGET, window=WINDOW, block=BLOCK) for _ in range(2))
+    tokens = text(30)
+    read(model, cache, tokens)
+    kvp.drop(cache, 10, 30, close=True)
+    read(model, fresh, tokens[:, :10])
+    np.testing.assert_allclose(read(model, cache, text(5, 3)), read(model, fresh, text(5, 3)), atol=1e-4)
+    read(model, cache, text(120, 2))
+    with pytest.raises(ValueError, match=r"^\[drop\] this model attends by itself.*; got .*; try"):
+        kvp.drop(cache, 10, 60)
+
+
+@pytest.mark.parametrize("name", ["nanochat", "hunyuan_v1_dense", "deepseek_v3"])
+@pytest.mark.parametrize("loaded", [False, True])
+def test_gaps_are_not_closed_where_keys_cannot_be_turned(name, loaded, tmp_path):
+    """They rotate by a function, or do more to keys after it."""
+    model = tiny_model(name)
+    cache = kvp.make_cache(model, "knorm", BUDGET, window=WINDOW, block=BLOCK)
+    read(model, cache, text(60))
+    if loaded:
+        kvp.save_cache(tmp_path / "c", cache)
+        cache = kvp.load_cache(tmp_path / "c", model)
+    with pytest.raises(ValueError, match=r"^\[drop\] .*; got .*; try"):
+        kvp.drop(cache, 10, 30, close=True)
+    assert [c.held.written for c in bounded(cache)] == [60] * len(bounded(cache)), "nothing was dropped"
+
+
 @pytest.mark.parametrize("store", ["as they are", "cache positions", "ragged"])
 def test_drop_works_on_a_loaded_cache(store, tmp_path):
     """Before the model was called with it: its rotary modules must be known."""

@@ -120,6 +120,7 @@ class LayerSlots:
         self.ring_size, self.block, self.n_sink, self.specs = ring_size, block, n_sink, pools
         self.with_memory, self.ranked = memory, ranked
         self.written = 0  # position of the next token
+        self.whole = True  # nothing was evicted, quantized or dropped: tokens may go back from the pools to the ring
         self.final = 0  # what was written before this cannot be taken back
         self.evicted = False
         self.pools: list[AnyPool] = []
@@ -265,7 +266,8 @@ class LayerSlots:
         """Do what was chosen."""
         assert contest.candidates is None, "not settled"
         if not self.pools:  # what leaves the ring is gone
-            self.evicted, self.final = True, self.written
+            self.evicted = True
+            self._settle()
         holes = any(pool.holes for pool in self.pools)
         for step in contest.steps:
             pool: Any = self.pools[step.pool]
@@ -275,7 +277,7 @@ class LayerSlots:
                 pool.write(step.writes)
                 if step.writes.lost:
                     self.evicted = self.evicted or pool is self.last
-                    self.final = self.written
+                    self._settle()
         if holes:
             for pool in self.pools:
                 pool.count_holes()
@@ -287,9 +289,13 @@ class LayerSlots:
 
     def _left(self, n: int) -> None:
         self.ring.remove(self.pinned(), self.pinned() + n)
-        if self.final or not all(spec.exact for spec in self.specs):
-            self.final = self.written
+        if not self.whole or not all(spec.exact for spec in self.specs):
+            self._settle()
         self._rank()
+
+    def _settle(self) -> None:
+        """Note that what was written until now cannot be taken back."""
+        self.whole, self.final = False, self.written
 
     def _rank(self) -> None:
         """Note where each slot stands among those of its head, if that is wanted."""
@@ -421,7 +427,7 @@ class LayerSlots:
     def forget(self, n: int) -> None:
         """Take back the newest ``n`` tokens, which can be (``can_forget``)."""
         keep = self.written - n
-        if not self.final:
+        if self.whole:
             self._refill_ring(-(-max(0, keep - self.n_sink - self.ring_size) // self.block) * self.block)
         self.ring.keep(slice(0, self.ring.count - (self.written - keep)))
         self.written = keep
@@ -454,7 +460,7 @@ class LayerSlots:
         ring.keep(np.flatnonzero((ring.positions < start) | (ring.positions >= stop)))
         ring.positions = np.where(ring.positions >= stop, ring.positions - shift, ring.positions).astype(np.int32)
         self.written -= shift
-        self.final = self.written
+        self._settle()
         self._rank()
 
     # -- state -------------------------------------------------------------------------------------------------------
@@ -473,11 +479,13 @@ class LayerSlots:
     def numbers(self) -> dict[str, Any]:
         """What else ``restore`` needs."""
         pools = [pool.numbers() for pool in self.pools]
-        return {"written": self.written, "final": self.final, "evicted": self.evicted, "pools": pools}
+        state = {"written": self.written, "final": self.final, "evicted": self.evicted, "whole": self.whole}
+        return {**state, "pools": pools}
 
     def restore(self, arrays: dict[str, mx.array], numbers: dict[str, Any]) -> None:
         """Take over ``arrays`` and ``numbers`` of another; in objects of its own, for slots are written in place."""
         self.written, self.final, self.evicted = (numbers[name] for name in ("written", "final", "evicted"))
+        self.whole = numbers.get("whole", not self.final)  # files from before it was told apart
         if not arrays:
             return
         own = {name: mx.array(x) for name, x in arrays.items()}

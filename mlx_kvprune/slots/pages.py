@@ -233,9 +233,6 @@ class PagedPool:
         """Empty the newest ``n`` slots of every head, the same for all; nothing was overwritten yet."""
         newest = np.sort(self.positions[self.positions >= 0])[::-1]
         self.vacate(int(newest[n * self.heads - 1]), int(newest[0]) + 1)
-        self.owner = np.where((self.positions >= 0).any(axis=1), self.owner, NOBODY).astype(np.int32)
-        self._close_ranks()
-        self._lay_out()
 
     def vacate(self, start: int, stop: int, shift: int = 0) -> None:
         """Empty the slots of the positions ``start .. stop - 1``; later positions move back by ``shift``."""
@@ -245,6 +242,9 @@ class PagedPool:
         if self.memory is not None and gone.any():
             unused = ((0, self.capacity - self.used), (0, 0))
             self.memory = mx.where(device(np.pad(gone, unused)), 0.0, self.memory)
+        self.owner = np.where((self.positions >= 0).any(axis=1), self.owner, NOBODY).astype(np.int32)
+        if (self.owner == NOBODY).any():
+            self._close_ranks()  # of pages that hold nothing any more
         self._lay_out()
 
     def count_holes(self) -> None:

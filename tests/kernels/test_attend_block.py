@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from attend_cases import Case, exact
 
-from mlx_kvprune.attend import View, backend
+from mlx_kvprune.attend import View, attend_ops, backend
 from mlx_kvprune.kernels import launch
 from mlx_kvprune.kernels.attend_block import attend_block, why_not
+from mlx_kvprune.slots import Part, plain
 
 CASES = [
     Case(n_new=130, ring=140),
@@ -39,3 +40,13 @@ def test_when_it_is_taken():
         assert "no fused attention" in backend(odd.queries(), View(odd.parts()))[1]
         uneven = Case(n_new=40, ring=70, slots=(0, 10, 0, 9000), heads=4)
         assert "padding" in backend(uneven.queries(), View(uneven.parts()))[1]
+
+
+@pytest.mark.parametrize(("slots", "value"), [(1024, 80.0), (4096, 20.0), (16, 900.0)])
+def test_sums_of_many_values_fit_into_float16(slots, value):
+    """Alike keys: the output is the values' mean, whatever they sum to."""
+    keys, values = mx.zeros((1, 1, slots, 32), mx.float16), mx.full((1, 1, slots, 32), value, mx.float16)
+    ring, queries = mx.full((1, 1, 4, 32), value, mx.float16), mx.ones((1, 1, 1, 32), mx.float16)
+    view = View((Part(plain(keys), plain(values)), Part(plain(keys[:, :, :4]), plain(ring))))
+    out = np.array(attend_ops(queries, view, 0.1).out.astype(mx.float32))
+    np.testing.assert_allclose(out, value, rtol=2.0**-9)

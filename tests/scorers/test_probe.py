@@ -14,6 +14,7 @@ from toy import LAYERS, SCALE, VOCAB, Toy
 
 import mlx_kvprune as kvp
 from mlx_kvprune import CacheSettings, PrunedKVCache
+from mlx_kvprune import forward as steps
 from mlx_kvprune.forward import forward
 from mlx_kvprune.policy import POLICIES, Policy
 from mlx_kvprune.scorers import Probe
@@ -112,3 +113,15 @@ def test_spans_are_kept_around_what_the_question_finds():
     for cache in caches:
         pool = reference.kept_positions(cache)[:, :, :9]
         np.testing.assert_array_equal(pool, np.broadcast_to(np.arange(found - 4, found + 5), (1, 2, 9)))
+
+
+def test_the_question_is_asked_before_any_layer_evicts(monkeypatch):
+    """With ``pyramid`` the first layer, which has the most slots, is the last to evict."""
+    model, asked, probe = zoo.tiny_model("llama"), [], steps.probe
+    more = {"allocator": "pyramid", "question": (3, 5, 8), "window": 16, "block": 32, "n_sink": 4}
+    cache = kvp.make_cache(model, "probe", 176, **more)
+    monkeypatch.setattr(steps, "probe", lambda *args: (asked.append(None), probe(*args)))
+    while not any(c.evicted for c in cache):
+        model(mx.random.randint(0, 128, (1, 10), key=mx.random.key(1)), cache=cache)
+    assert asked and not cache[0].evicted
+    kvp.detach(model)
