@@ -73,6 +73,7 @@ def ask(model, tokenizer, text: str, cases: list[dict[str, Any]], settings: dict
     """One read; one answer, or with several questions an answer to each, from a copy of the cache."""
     chosen = settings_from(**settings, positions="auto")
     reading = read_into_cache(model, tokenizer, text, cases[0]["question"], chosen, pinned=False, max_tokens=40)
+    n_tokens = reading.prompt.n_tokens
     reading = read_again(model, tokenizer, reading, max_tokens=40)
     for case in cases:
         again = None if len(cases) == 1 else case["question"]
@@ -83,7 +84,7 @@ def ask(model, tokenizer, text: str, cases: list[dict[str, Any]], settings: dict
             "said": " ".join(said.split()),
             "right": is_right(said, case["answers"]),
             "seconds": round(reading.seconds / len(cases), 1),
-            "tokens": reading.prompt.n_tokens,
+            "tokens": n_tokens,
             "kv_bytes": r.kv_bytes_peak,
             "kv_bytes_full": r.kv_bytes_full,
         }
