@@ -100,9 +100,7 @@ def _question_lines(rows: Sequence[Row]) -> list[Cells]:
         name = f"{row['wording']} (full {full_rate(row, rows)})"
         cells[name] = f"{row['exact']}/{row['trials']}"
         cells[f"{row['wording']}: of full's"] = f"{row['kept']}/{row['exact_full']}"
-        if all(
-            "first" in x for x in row["outcomes"]
-        ):  # where an answer is right that is likelier than if nobody had told it
+        if all("first" in x for x in row["outcomes"]):  # an answer may be right that the model would not have said
             cells[f"{row['wording']}: first choice"] = f"{sum(x['first'] for x in row['outcomes'])}/{row['trials']}"
         cells[f"{row['wording']}: log p"] = f"{row['logprob']:.2f}"
         if any("gain" in x for x in rows):
