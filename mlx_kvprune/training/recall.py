@@ -2,8 +2,9 @@
 
 Natural text seldom comes back to a number or a name that it told once a thousand tokens ago, and gates trained on it alone
 let such things go. Here sentences about invented people and things are put between those of a text, and each comes back one
-to three times, at a random distance: as a question with its answer, or as the sentence begun again. The full cache
-foretells most of the answers, and a cache that let the fact go pays for each of their tokens.
+to three times, at a random distance: as a question with its answer, or as the sentence begun again. Many are told of several
+people in the same words, so that each must be held and none stands for the others. The full cache foretells most of the
+answers, and a cache that let the fact go pays for each of their tokens.
 
 The kinds, names and wordings are others than those of ``evals``, so that what is measured there was not trained for here.
 """
@@ -16,6 +17,7 @@ from collections.abc import Callable
 import numpy as np
 
 EVERY = 200  # tokens of text to a fact
+ALIKE = 5  # facts in the same words, at most
 NEAREST = 0.08  # share of the text between a fact and its first return
 BREAK = re.compile(r"(?<=[.!?;:])\s+|\n+")
 CHARS = 4  # of a token, about
@@ -124,10 +126,17 @@ def woven(rng: np.random.Generator, text: str, length: int) -> str:
 
 
 def _facts(rng: np.random.Generator, n: int) -> list[tuple[str, str, str]]:
-    """``n`` times who it is about, the question, and the sentence; about somebody or something else each time."""
+    """``n`` times who it is about, the question, and the sentence; about somebody or something else each time.
+
+    One to ``ALIKE`` after each other are of a kind.
+    """
     found: dict[str, tuple[str, str, str]] = {}
+    alike = 0
     for _ in range(20 * n):
-        who, question, opening, answer = KINDS[int(rng.integers(len(KINDS)))]
+        if alike == 0:
+            who, question, opening, answer = KINDS[int(rng.integers(len(KINDS)))]
+            alike = int(rng.integers(1, ALIKE + 1))
+        alike -= 1
         name = who(rng)
         found.setdefault(name, (name, question, f"{opening.format(who=name)} {answer(rng)}."))
         if len(found) == n:

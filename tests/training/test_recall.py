@@ -65,3 +65,18 @@ def test_a_share_of_the_excerpts():
         woven += "".join(map(chr, excerpt)) not in TEXT[::4] + TEXT[1::4] + TEXT[2::4] + TEXT[3::4]
     assert 15 <= woven <= 45
     assert texts.split(512)[0].recall == texts.split(512)[1].recall == 0.5
+
+
+def test_many_are_told_in_the_same_words():
+    """Each must be held by itself; who they are about differs."""
+    rng, names = np.random.default_rng(2), []
+    kinds = {question.split("{who}")[0]: 0 for _, question, _, _ in recall.KINDS}
+    for _ in range(50):
+        alike: dict[str, list[str]] = {}
+        for name, question, told in recall._facts(rng, 10):
+            start = next(kind for kind in kinds if question.startswith(kind))
+            alike.setdefault(start, []).append(name)
+            assert name.lower() in told.lower()
+        names.append(sorted(map(len, alike.values())))
+        assert all(len(set(same)) == len(same) for same in alike.values())
+    assert np.mean([some[-1] for some in names]) > 3.5, "of ten facts"
