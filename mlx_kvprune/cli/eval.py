@@ -297,11 +297,14 @@ def run_tasks(tasks: Sequence[Task], job: Job, out: Path | None = None) -> tuple
     from mlx_kvprune.evals.store import Store
 
     notes: list[str] = []
+    sizes: dict[str, int] = {}
     for task in tasks:
         task.check(job)  # refuses now, not after the other tasks
-        notes += [*task.notes(job), *task.conditions(job)[1]]
+        some, left_out = task.conditions(job)
+        notes += [*task.notes(job), *left_out]
+        sizes |= jobs.gate_sizes(job, some)
     notes = list(dict.fromkeys(notes))
-    store = Store(out, origin() | ({"notes": notes} if notes else {}))
+    store = Store(out, origin() | ({"notes": notes} if notes else {}) | ({"gate_bytes": sizes} if sizes else {}))
     with _progress(job, tasks, store) as tick:
         jobs.run(job, tasks, store, tick)
     return [row for task in tasks for row in jobs.rows(job, task, store)], notes

@@ -227,6 +227,11 @@ def rows(job: Job, task: Task, store: Store) -> list[dict[str, Any]]:
     return [{**row, **more(row)} for row in task.rows([x for x in units if x])]
 
 
+def gate_sizes(job: Job, some: Sequence[Condition]) -> dict[str, int]:
+    """Bytes of the gates that the conditions ask, by what tells these apart."""
+    return {found["gate_id"]: gate_bytes(job.model, c) for c in some if (found := job.gates_of(c))}
+
+
 def _asks(policy: str, more: dict[str, Any]) -> tuple[str, str]:
     """Whose gates, and which."""
     return policy, more.get("gates") or ""

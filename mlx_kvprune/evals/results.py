@@ -68,10 +68,12 @@ class Table:
     name: str = ""
 
     def rows(self) -> list[Row]:
-        """The task's rows."""
+        """The task's rows; beside what is held the bytes of the gates, where the runs know them."""
         task = TASKS[self.task]
         bound = {"bound": task.bound} if task.bound else {}
-        return [{**row, **bound} for row in task.rows(self.units)]
+        sizes = {which: size for run in self.runs for which, size in run.get("gate_bytes", {}).items()}
+        beside = lambda row: {"gate_bytes": sizes[which]} if (which := row.get("gate_id")) in sizes else {}
+        return [{**row, **bound, **beside(row)} for row in task.rows(self.units)]
 
 
 def read(paths: Sequence[Path]) -> list[Table]:

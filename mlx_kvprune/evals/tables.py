@@ -132,8 +132,12 @@ def condition(row: Row, rows: Sequence[Row]) -> Cells:
             cells[label] = "-" if row["policy"] == "full" else str(row.get(name) or "-")
     for name, label in (("gates", "gates"), ("local_layers", "local layers"), ("threshold", "threshold")):
         if len({x[name] for x in rows if x.get(name)}) > (name == "gates"):  # one place of gates is everybody's
-            cells[label] = str(row.get(name) or "-")
+            cells[label] = _short(row.get(name) or "-")
     return {**cells, "budget": row["budget"]}
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def size(row: Row) -> Cells:

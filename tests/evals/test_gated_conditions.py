@@ -15,7 +15,7 @@ from mlx_kvprune.attach import attachment_of
 from mlx_kvprune.evals import tables
 from mlx_kvprune.evals.conditions import Condition, feed, gate_bytes, grid, held, possible
 from mlx_kvprune.evals.equal import levelled, planned_nbytes
-from mlx_kvprune.evals.job import Grid, Job
+from mlx_kvprune.evals.job import Grid, Job, gate_sizes
 from mlx_kvprune.evals.store import key
 from mlx_kvprune.evals.tasks import TASKS
 from mlx_kvprune.forward import pruned
@@ -117,6 +117,9 @@ def test_several_places_of_gates_are_compared_and_told_apart(model, tmp_path):
     task = TASKS["fidelity"]
     units = [task.unit(job, 0, 1, c) for c in found]
     assert ["gate_id" in unit for unit in units] == [False] * 4 + [True] * 2
+    assert gate_sizes(job, found) == {
+        u["gate_id"]: gate_bytes(model, c) for u, c in zip(units[4:], found[4:], strict=True)
+    }
     assert units[-1]["gate_id"] != units[-2]["gate_id"]
     detach(model)
     Path(one).write_bytes(Path(other).read_bytes())

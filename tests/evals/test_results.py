@@ -126,6 +126,19 @@ def test_gates_of_one_policy_are_told_apart():
     assert [frontier.label(row, rows) for row in rows] == ["tova", "tova, local layers auto"]
 
 
+def test_bytes_of_gates_stand_beside_where_the_run_knows_them(tmp_path):
+    run = {**RUN, "gate_bytes": {"abc": 3_400_000}}
+    lines = [{"run": run}, prediction("window", 0.2), prediction("retention", 0.1, gate_id="abc")]
+    lines += [prediction("spkv", 0.1, gate_id="other", threshold=0.9921558499336243)]
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = results.page(results.read([path]))
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+    header, _, *rows = cells
+    assert [dict(zip(header, row, strict=True))["gates MB"] for row in rows] == ["-", "3.40", "-"]
+    assert [dict(zip(header, row, strict=True))["threshold"] for row in rows] == ["-", "-", "0.9922"]
+
+
 def test_no_better_than_window_is_said(tmp_path):
     text = page(tmp_path, prediction("window", 0.2), prediction("tova", 0.3))
     assert "**no better than** `window` 0.200 [0.190, 0.210] (intervals overlap)" in text
