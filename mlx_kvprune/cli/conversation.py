@@ -13,8 +13,7 @@ from mlx_kvprune.cli.options import SamplingOptions
 from mlx_kvprune.cli.stream import Run, Stop, prefill, stream
 from mlx_kvprune.forward import pruned
 from mlx_kvprune.settings import CacheSettings
-
-ANSWER = "kvprune:answer:9d41f0"  # stands for an answer while the template is asked what follows it
+from mlx_kvprune.template import after_answer
 
 
 @dataclass
@@ -116,13 +115,7 @@ class Conversation:
         message = {"role": "user", "content": text}
         if not self.tokens:
             return list(self.tokenizer.apply_chat_template([*self.messages, message], add_generation_prompt=True))
-        history = [*self.messages[:-1], {"role": "assistant", "content": ANSWER}, message]
-        rendered = self.tokenizer.apply_chat_template(history, tokenize=False, add_generation_prompt=True)
-        if ANSWER not in rendered:
-            raise ValueError(
-                "[chat] the chat template drops earlier answers; got none; try `generate` for each question"
-            )
-        rest = rendered.rpartition(ANSWER)[2].removeprefix(self._end_of_answer())
+        rest = after_answer(self.tokenizer, self.messages[:-1], text).removeprefix(self._end_of_answer())
         return list(self.tokenizer.encode(rest, add_special_tokens=False))
 
     def _end_of_answer(self) -> str:

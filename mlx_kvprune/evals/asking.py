@@ -60,7 +60,7 @@ def _together(model: nn.Module, tokenizer: Any, text: str, asks: Sequence[Ask], 
     found = []
     for ask, ids in zip(asks, prompts, strict=True):
         mine = copy.deepcopy(caches) if ask is not asks[-1] else caches
-        outcome = forced(model, ids[n:], encode(tokenizer, " " + ask.answer), mine)
+        outcome = forced(model, ids[n:], following(tokenizer, ask.opening, ask.answer), mine)
         found.append({"wording": ask.wording, "prompt_tokens": len(ids), **outcome, **held(mine)})
     return found
 
@@ -68,6 +68,15 @@ def _together(model: nn.Module, tokenizer: Any, text: str, asks: Sequence[Ask], 
 def encode(tokenizer: Any, text: str) -> list[int]:
     """Token ids of a part of a text."""
     return list(tokenizer.encode(text, add_special_tokens=False))
+
+
+def following(tokenizer: Any, opening: str, answer: str) -> list[int]:
+    """Token ids of an answer after its opening and a space, as they are in a text: some tokenizers begin whatever they are
+    given with a space of their own.
+    """
+    before, both = encode(tokenizer, opening), encode(tokenizer, f"{opening} {answer}")
+    fits = len(both) > len(before) and both[: len(before)] == before
+    return both[len(before) :] if fits else encode(tokenizer, f" {answer}")
 
 
 def shared(prompts: Sequence[Sequence[int]]) -> int:

@@ -19,7 +19,7 @@ import numpy as np
 
 from mlx_kvprune.documents import Prompt, Reading, prompt_for
 from mlx_kvprune.evals import facts, hay, judge, questions
-from mlx_kvprune.evals.asking import Ask, Outcome, encode, forced
+from mlx_kvprune.evals.asking import Ask, Outcome, encode, following, forced
 from mlx_kvprune.evals.conditions import CHUNK, Condition, feed, sizes
 from mlx_kvprune.evals.job import Job, Measured, Task, Tick
 from mlx_kvprune.evals.questions import Trial
@@ -74,7 +74,7 @@ def _outcome(
     told: Callable[[list[Any]], CacheReport] = report,
 ) -> Outcome:
     ids = [*after, *encode(job.tokenizer, ask.opening)]
-    judged = forced(job.model, ids, encode(job.tokenizer, " " + ask.answer), caches)
+    judged = forced(job.model, ids, following(job.tokenizer, ask.opening, ask.answer), caches)
     return {"kind": ask.wording, "prompt_tokens": n_tokens, **judged, **sizes(told(caches))}
 
 

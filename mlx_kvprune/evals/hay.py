@@ -13,21 +13,36 @@ from mlx_kvprune.evals.texts import sentences
 
 Hay = tuple[list[str], list[int]]  # sentences, and their lengths in tokens
 MOST_CHARS = 400_000
+LONGEST = 256  # tokens of a sentence: what is longer is a table or a log, and is cut
 
 
-def measured(tokenizer: Any, texts: Sequence[str], n_tokens: int, where: str = "needles") -> Hay:
-    """The sentences of the texts with their lengths in tokens.
+def measured(tokenizer: Any, texts: Sequence[str], n_tokens: int) -> Hay:
+    """The sentences of the texts with their lengths in tokens; of ``LONGEST`` at most.
 
     Raises:
         ValueError: they are fewer than ``n_tokens`` in all.
     """
-    found = sentences(texts, most_chars=MOST_CHARS)
-    lengths = [len(tokenizer.encode(" " + s, add_special_tokens=False)) for s in found]
+    found = [part for s in sentences(texts, most_chars=MOST_CHARS) for part in _cut(tokenizer, s)]
+    lengths = [_length(tokenizer, s) for s in found]
     if sum(lengths) < n_tokens:
         raise ValueError(
-            f"[{where}] no text of {n_tokens} tokens; got {sum(lengths)}; try fewer --tokens or other --data"
+            f"[haystack] no text of {n_tokens} tokens; got {sum(lengths)}; try --haystack {sum(lengths)} or other --data"
         )
     return found, lengths
+
+
+def _length(tokenizer: Any, text: str) -> int:
+    return len(tokenizer.encode(" " + text, add_special_tokens=False))
+
+
+def _cut(tokenizer: Any, sentence: str) -> list[str]:
+    """A sentence, or pieces of it with as many characters each, between words where there are some."""
+    n, words = _length(tokenizer, sentence), sentence.split(" ")
+    if n <= LONGEST or len(sentence) == 1:
+        return [sentence]
+    parts, between = (words, " ") if len(words) > 1 else (list(sentence), "")
+    half = len(parts) // 2
+    return [x for part in (parts[:half], parts[half:]) for x in _cut(tokenizer, between.join(part))]
 
 
 def window(rng: np.random.Generator, hay: Hay, n_tokens: int) -> Hay:

@@ -1,7 +1,8 @@
 """The questions that the data themselves ask (``--data`` with a benchmark's JSONL), judged by forcing the answers.
 
 An answer is right if one of the possible ones is what the model would have said; its log-probability is the best
-one's. RULER's ``outputs`` are all wanted: there the worst one counts. Texts that are too long are cut in the middle, as
+one's. RULER's ``outputs`` are all wanted, but those of its question answering: there each is asked for with those before it
+given, and the worst one counts. Texts that are too long are cut in the middle, as
 LongBench does (Bai et al. 2023, arXiv 2308.14508).
 """
 
@@ -55,12 +56,20 @@ def notes(job: Job) -> list[str]:
 def measure(job: Job, document: Document, conditions: Sequence[Condition], tick: Tick) -> Measured:
     """The best answer's outcome for each condition."""
     text = middle_cut(job.tokenizer, document.text, job.haystack)
-    asks = [Ask(document.name, document.question, OPENING, answer) for answer in document.answers]
+    asks = asked(document)
     for condition in conditions:
         found = outcomes(job.model, job.tokenizer, text, asks, condition)
         tick(work(job, document, [condition]))
         decides = min if document.every else max
         yield condition, {"outcomes": [decides(found, key=lambda x: (x["exact"], x["logprob"]))]}
+
+
+def asked(document: Document) -> list[Ask]:
+    """A question for each answer; if all are wanted, after those before it."""
+    given = lambda i: "".join(f" {answer}," for answer in document.answers[:i]) if document.every else ""
+    return [
+        Ask(document.name, document.question, OPENING + given(i), answer) for i, answer in enumerate(document.answers)
+    ]
 
 
 def work(job: Job, document: Document, conditions: Sequence[Condition]) -> int:

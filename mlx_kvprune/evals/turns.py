@@ -12,15 +12,17 @@ import copy
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from mlx_kvprune.evals import facts, judge
-from mlx_kvprune.evals.asking import Ask, encode, forced
+from mlx_kvprune.evals.asking import Ask, encode, following, forced
 from mlx_kvprune.evals.conditions import FULL, Condition, feed, held
 from mlx_kvprune.evals.job import Job, Measured, Task, Tick
 from mlx_kvprune.session import end_turn
+from mlx_kvprune.template import after_answer
 
 TOLD, TURNS = 10, 20
 THANKS = "Thank you, I will remember that."
@@ -76,15 +78,37 @@ def rendered(tokenizer: Any, turns: Sequence[tuple[str, str]], ask: str = "") ->
     return list(tokenizer.encode(text + (f"User: {ask}\nAssistant:" if ask else "")))
 
 
+def steps(tokenizer: Any, turns: Sequence[tuple[str, str]], ask: str = "") -> list[list[int]]:
+    """The token ids that each turn adds, and last those of ``ask`` up to where it is answered.
+
+    They are what the whole conversation's are cut into; where a template writes earlier answers in another way than the last
+    one, what it would have put after each.
+    """
+    known = [rendered(tokenizer, turns[:i]) for i in range(1, len(turns) + 1)]
+    known += [rendered(tokenizer, turns, ask)] if ask else []
+    if all(after[: len(before)] == before for before, after in pairwise(known)):
+        return [*known[:1], *(after[len(before) :] for before, after in pairwise(known))]
+    found, messages = [], []
+    for asked, answer in [*turns, *([(ask, "")] if ask else [])]:
+        message = {"role": "user", "content": asked}
+        start = (
+            encode(tokenizer, after_answer(tokenizer, messages[:-1], asked))
+            if messages
+            else list(tokenizer.apply_chat_template([message], add_generation_prompt=True))
+        )
+        found.append([*start, *encode(tokenizer, answer)])
+        messages += [message, {"role": "assistant", "content": answer}]
+    return found
+
+
 def read(job: Job, turns: Sequence[tuple[str, str]], caches: list[Any]) -> int:
     """Read a conversation turn by turn; returns how many tokens it has."""
-    before: list[int] = []
-    for i in range(1, len(turns) + 1):
-        now = rendered(job.tokenizer, turns[:i])
-        feed(job.model, now[len(before) :], caches)
+    n = 0
+    for tokens in steps(job.tokenizer, turns):
+        feed(job.model, tokens, caches)
         end_turn(caches)
-        before = now
-    return len(before)
+        n += len(tokens)
+    return n
 
 
 def measure(job: Job, item: Conversation, conditions: Sequence[Condition], tick: Tick) -> Measured:
@@ -113,8 +137,8 @@ def _never_told(job: Job, item: Conversation, number: int, tick: Tick) -> float:
 
 
 def _asked(job: Job, turns: Sequence[tuple[str, str]], ask: Ask, n: int, caches: list[Any]) -> dict[str, Any]:
-    ids = [*rendered(job.tokenizer, turns, ask.question)[n:], *encode(job.tokenizer, _start(job, ask))]
-    judged = forced(job.model, ids, encode(job.tokenizer, " " + ask.answer), caches)
+    ids = [*steps(job.tokenizer, turns, ask.question)[-1], *encode(job.tokenizer, _start(job, ask))]
+    judged = forced(job.model, ids, following(job.tokenizer, ask.opening, ask.answer), caches)
     return {"wording": ask.wording, "prompt_tokens": n + len(ids), **judged, **held(caches)}
 
 
@@ -124,7 +148,7 @@ def _start(job: Job, ask: Ask) -> str:
 
 def length(job: Job) -> int:
     """Tokens of the first conversation."""
-    return len(rendered(job.tokenizer, items(job)[0].turns))
+    return sum(map(len, steps(job.tokenizer, items(job)[0].turns)))
 
 
 def work(job: Job, item: Conversation, conditions: Sequence[Condition]) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -23,6 +24,8 @@ from mlx_kvprune.evals import (
     tracking,
     turns,
 )
+from mlx_kvprune.evals.asking import following
+from mlx_kvprune.evals.texts import Document
 
 PROSE = "the old king walked slowly over a hill and saw many green trees near some river"
 WORDS = PROSE.split()
@@ -150,3 +153,72 @@ def test_long_texts_are_cut_in_the_middle():
     about = lambda haystack: type("Job", (), {"documents": long, "trials": 5, "tokenizer": Words, "haystack": haystack})
     assert qa.notes(about(4)) == []
     assert qa.notes(about(2)) == ["qa: 1 of 2 texts are longer than --haystack 2 and are cut in the middle"]
+
+
+@pytest.mark.parametrize(
+    "text", ["".join(f"{i},abc,{i * 7}\n" for i in range(3000)), "\u8fd9\u662f\u6d4b\u8bd5" * 2000, "x" * 9000]
+)
+def test_what_is_no_sentence_is_cut(text):
+    """A table, a language without spaces: a haystack is as long as it was asked for, about."""
+    found = hay.measured(Bytes(), [text], 1024)
+    assert max(found[1]) <= hay.LONGEST
+    assert "".join("".join(found[0]).split()) == "".join(text.split())
+    assert 1024 <= sum(hay.window(np.random.default_rng(0), found, 1024)[1]) < 1024 + hay.LONGEST
+
+
+def test_all_of_rulers_values_can_be_given():
+    """Each after those before it: two different ones cannot both come first."""
+    document = Document("A text.", "ruler", "Which numbers?", ("12", "34", "56"), every=True)
+    assert [(ask.opening, ask.answer) for ask in qa.asked(document)] == [
+        ("Answer:", "12"),
+        ("Answer: 12,", "34"),
+        ("Answer: 12, 34,", "56"),
+    ]
+    assert {ask.opening for ask in qa.asked(replace(document, every=False))} == {"Answer:"}
+
+
+class Prefixed:
+    """As SentencePiece does with a dummy prefix: whatever is encoded begins with a space."""
+
+    def encode(self, text, add_special_tokens=False):
+        return re.findall(r"\u2581[^\u2581]*", "\u2581" + text.replace(" ", "\u2581"))
+
+
+def test_an_answer_is_what_follows_its_opening_in_a_text():
+    whole = Prefixed().encode("Ann lives in Lisbon")
+    assert following(Prefixed(), "Ann lives in", "Lisbon") == whole[-1:] == ["\u2581Lisbon"]
+    assert Prefixed().encode(" Lisbon") != ["\u2581Lisbon"], "what it would be by itself"
+    assert following(Bytes(), "Ann lives in", "Lisbon") == Bytes().encode(" Lisbon")
+
+
+class Thinking(Bytes):
+    """As Qwen3's template: empty thoughts are written into the last answer alone."""
+
+    chat_template = "yes"
+
+    def apply_chat_template(self, messages, tokenize=True, add_generation_prompt=False):
+        last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
+        last = -1 if add_generation_prompt else last
+        parts = [f"<{m['role']}>{'<think></think>' * (i == last)}{m['content']}</s>\n" for i, m in enumerate(messages)]
+        text = "".join(parts) + "<assistant>" * add_generation_prompt
+        return self.encode(text) if tokenize else text
+
+
+def test_a_template_that_writes_earlier_answers_anew_loses_nothing():
+    """What is read turn by turn holds all that was said, once, and ends where the question is to be answered."""
+    said = turns.make(np.random.default_rng(3))
+    tokenizer = Thinking()
+    assert turns.rendered(tokenizer, said.turns)[: len(turns.rendered(tokenizer, said.turns[:1]))] != turns.rendered(
+        tokenizer, said.turns[:1]
+    ), "the template of this test"
+    read = [bytes(step).decode() for step in turns.steps(tokenizer, said.turns, said.asks[0].question)]
+    assert len(read) == len(said.turns) + 1
+    for text, (asked, answer) in zip(read, said.turns, strict=False):
+        assert asked in text and text.endswith(answer)
+    whole = tokenizer.apply_chat_template(
+        [{"role": r, "content": t} for turn in said.turns for r, t in zip(("user", "assistant"), turn, strict=True)]
+        + [{"role": "user", "content": said.asks[0].question}],
+        tokenize=False,
+        add_generation_prompt=True,
+    )
+    assert "".join(read) == whole
