@@ -10,13 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[.!?][\"'\u201d\u2019])\s+|\n\s*\n")
+SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[.!?][\"'\u201d\u2019])\s+|(?<=[\u3002\uff01\uff1f])|\n\s*\n")
 SUFFIXES = (".txt", ".md", ".jsonl")
 TEXT_FIELDS = ("context", "text", "document", "passage", "prompt", "content", "input")
-# LongBench asks in ``input`` about ``context``; in BABILong ``input`` is the text, in RULER too: its last line asks
+# LongBench asks in ``input`` about ``context``; in BABILong ``input`` is the text, in RULER too: its last line asks;
+# L-Eval asks in ``instructions``, several questions of a text, and is not read for them
 QUESTION_FIELDS = ("question", "query", "input")
 ANSWER_FIELDS = ("answers", "answer", "outputs", "target", "output")  # RULER has ``outputs``
-CHARS_PER_TOKEN = 8  # more than natural text has: how much is cut off before it is tokenized
+FEWEST = 64  # tokens that a text must have
+RULER_QA = "Answer the question based on the given documents"  # there ``outputs`` are one answer in several ways
+CHARS_PER_TOKEN = 8  # more than natural text has: how much is tokenized at first
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ def shipped() -> Path:
 def _read(path: Path) -> str:
     try:
         raw = path.read_bytes()
-        return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8")
+        return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
     except (OSError, EOFError, UnicodeDecodeError) as error:
         problem = getattr(error, "strerror", None) or str(error) or type(error).__name__
         raise ValueError(f"[data] cannot read {path}; got {problem}; try another --data") from error
@@ -92,18 +95,25 @@ def _document(path: Path, number: int, line: str) -> Document:
     """A line's document, whatever benchmark it is from."""
     try:
         fields = json.loads(line)
-        where = next(name for name in TEXT_FIELDS if isinstance(fields.get(name), str))
-    except (ValueError, AttributeError, StopIteration):
+        texts = [name for name in TEXT_FIELDS if isinstance(fields.get(name), str)]
+        where = next((name for name in texts if fields[name].strip()), texts[0])
+        fields[where].encode()  # half a pair of surrogates is no text
+    except (ValueError, AttributeError, IndexError):
         raise ValueError(
             f"[data] no JSON object with a text in {', '.join(TEXT_FIELDS)}; got line {number} of {path}; try one a line"
         ) from None
-    questions = [name for name in QUESTION_FIELDS if name != where and isinstance(fields.get(name), str)]
+    questions = [name for name in QUESTION_FIELDS if name != where and _says(fields.get(name))]
     asked = next((fields[name] for name in questions), "")
-    given = next((fields[name] for name in ANSWER_FIELDS if fields.get(name)), ())
-    text, ruler = fields[where], "outputs" in fields
+    answers = next((found for name in ANSWER_FIELDS if (found := _answers(fields.get(name)))), ())
+    text, ruler = fields[where], "outputs" in fields and "instructions" not in fields
     if where == "input" and ruler and not asked:
         text, asked = _last_line(text)
-    return Document(text, Path(path.name.removesuffix(".gz")).stem, asked, _answers(given), every=ruler)
+    name = Path(path.name.removesuffix(".gz")).stem
+    return Document(text, name, asked, answers, every=ruler and not text.lstrip().startswith(RULER_QA))
+
+
+def _says(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 def _last_line(text: str) -> tuple[str, str]:
@@ -114,10 +124,14 @@ def _last_line(text: str) -> tuple[str, str]:
 
 
 def _answers(given: Any) -> tuple[str, ...]:
-    """Answers as the benchmarks write them: a text, a list of texts, or SQuAD's ``{"text": [...]}``."""
-    given = given.get("text", ()) if isinstance(given, dict) else given
-    listed = [given] if isinstance(given, str | int | float) else list(given)
-    return tuple(str(x) for x in listed if isinstance(x, str | int | float) and str(x).strip())
+    """Answers as the benchmarks write them: a text or number, a list of such, SQuAD's ``{"text": [...]}``, a list of
+    ``{"text": ...}``, or TriviaQA's ``{"value": ..., "aliases": [...]}``.
+    """
+    if isinstance(given, dict):
+        return _answers([given.get("value"), given.get("text"), given.get("aliases")])
+    if isinstance(given, list | tuple):
+        return tuple(dict.fromkeys(answer for x in given for answer in _answers(x)))
+    return (said,) if isinstance(given, str | int | float) and (said := str(given).strip()) else ()
 
 
 def excerpt(tokenizer: Any, texts: Sequence[str], n: int) -> list[int]:
@@ -137,7 +151,7 @@ def excerpts(tokenizer: Any, texts: Sequence[str], n: int, count: int, seed: int
     Raises:
         ValueError: there are not as many.
     """
-    tokens = [list(tokenizer.encode(text[: CHARS_PER_TOKEN * n * count * (seed + 1)])) for text in texts]
+    tokens = [_start(tokenizer, text, n * count * (seed + 1)) for text in texts]
     longest = max(map(len, tokens), default=0)
     found = [
         one[start : start + n] for start in range(0, longest - n + 1, n) for one in tokens if len(one) >= start + n
@@ -146,12 +160,22 @@ def excerpts(tokenizer: Any, texts: Sequence[str], n: int, count: int, seed: int
         first = seed * count
         return [found[(first + i) % len(found)] for i in range(count)]
     if not found:
-        raise ValueError(
-            f"[data] no text of {n} tokens; got {longest} at most; try --tokens {longest}, or a longer --data"
-        )
+        raise ValueError(f"[data] no text of {n} tokens; got {longest} at most; try {_shorter(longest)}a longer --data")
     raise ValueError(
         f"[data] no {count} texts of {n} tokens; got {len(found)}; try --texts {len(found)}, or more --data"
     )
+
+
+def _shorter(longest: int) -> str:
+    return f"--tokens or --haystack {longest}, or " if longest >= FEWEST else ""
+
+
+def _start(tokenizer: Any, text: str, n: int) -> list[int]:
+    """The first ``n`` tokens of a text, perhaps with some more; all if it has fewer."""
+    chars = CHARS_PER_TOKEN * n
+    while len(found := list(tokenizer.encode(text[:chars]))) < n and chars < len(text):
+        chars *= 2
+    return found
 
 
 def sentences(texts: Sequence[str], most_chars: int) -> list[str]:

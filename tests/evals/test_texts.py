@@ -108,3 +108,43 @@ def test_excerpts_take_every_text_in_turn():
     assert seeds == ["a", "g", "c", "e", "a"], "others with another seed, until there are no more"
     with pytest.raises(ValueError, match="got 4; try --texts 4"):
         texts.excerpts(WORDS, ["a b c d", "e f", "g h i"], 2, 5)
+
+
+def test_other_forms_of_answers_and_questions(tmp_path):
+    lines = [
+        {"text": "A.", "question": "How many?", "answer": 0},
+        {"text": "B.", "question": "Is it?", "answer": False},
+        {"text": "C.", "question": "Who?", "answer": {"value": "Ann", "aliases": ["Anna", "Ann"]}},  # TriviaQA
+        {"text": "D.", "question": "Who?", "answers": [{"text": " Ann ", "answer_start": 3}]},
+        {"text": "E.", "question": "", "input": "Which?", "answers": [], "answer": "this"},
+        {"context": " ", "text": "F.", "question": "What?", "answer": "that"},
+        {"input": "G.\nMore of it.", "instructions": ["Who?", "Why?"], "outputs": ["Ann", "So."]},  # L-Eval
+        {
+            "input": "Answer the question based on the given documents.\n\nH.\nWho?",
+            "outputs": ["Ann", "Anna"],
+        },  # RULER's QA
+    ]
+    path = tmp_path / "bench.jsonl"
+    path.write_text("\ufeff" + "\n".join(map(json.dumps, lines)), encoding="utf-8")
+    found = texts.loaded([path])
+    assert [(d.text[0], d.question, d.answers, d.every) for d in found] == [
+        ("A", "How many?", ("0",), False),
+        ("B", "Is it?", ("False",), False),
+        ("C", "Who?", ("Ann", "Anna"), False),
+        ("D", "Who?", ("Ann",), False),
+        ("E", "Which?", ("this",), False),
+        ("F", "What?", ("that",), False),
+        ("G", "", ("Ann", "So."), False),
+        ("A", "Who?", ("Ann", "Anna"), False),
+    ]
+    path.write_text('{"text": "a \\ud800 b"}')
+    with pytest.raises(ValueError, match="line 1"):
+        texts.loaded([path])
+
+
+def test_a_text_of_long_words_is_read_as_far_as_needed():
+    """Tables have many characters to a token; which excerpt is the first does not depend on how many are taken."""
+    table = "\n".join(" " * 40 + str(i) for i in range(100))
+    assert texts.excerpts(WORDS, [table], 30, 1) == texts.excerpts(WORDS, [table], 30, 3)[:1]
+    with pytest.raises(ValueError, match="got 100 at most; try --tokens or --haystack 100"):
+        texts.excerpt(WORDS, [table], 200)
