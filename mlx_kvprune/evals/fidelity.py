@@ -74,9 +74,12 @@ def batched(conditions: Sequence[Condition], size: int) -> list[list[Condition]]
 
 
 def blocks(one: Trace, start: int) -> dict[str, list[float]]:
-    """Means of whole blocks of ``BLOCK`` neighbouring predictions from ``start`` on: what texts are pooled by."""
-    n = (len(one.kl) - start) // BLOCK * BLOCK
-    cut = lambda x: [float(v) for v in x[start : start + n].reshape(-1, BLOCK).mean(axis=1)]
+    """Means of whole blocks of ``BLOCK`` neighbouring predictions from ``start`` on, or of all there are if these are fewer:
+    what rows are made of.
+    """
+    size = min(BLOCK, len(one.kl) - start)
+    n = (len(one.kl) - start) // size * size
+    cut = lambda x: [float(v) for v in x[start : start + n].reshape(-1, size).mean(axis=1)]
     return {"kl": cut(one.kl), "nll_change": cut(one.nll - one.nll_full), "agreement": cut(one.agrees)}
 
 
@@ -136,10 +139,11 @@ def _over(mine: Sequence[Unit], windows: Sequence[Unit]) -> dict[str, float]:
 
 
 def _pooled(results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One text by its blocks as well, if they are enough: a row's differences from ``window`` are of these."""
     row = {name: value for name, value in results[0].items() if name != "blocks"} | {"texts": len(results)}
-    if len(results) == 1:
+    if len(results) == 1 and len(results[0].get("blocks", {}).get("kl", ())) < FEWEST_BLOCKS:
         return row
-    for name in MEASURES:
+    for name in results[0]["blocks"]:
         x = np.concatenate([result["blocks"][name] for result in results])
         low, high = bootstrap_interval(x, block=1)
         row |= {name: _mean(x), f"{name}_low": low, f"{name}_high": high}
@@ -187,7 +191,8 @@ def trace(
         full = _logits(model, span, caches[against], tick)
         for condition in conditions:
             logits = full if condition == against else _logits(model, span, caches[condition], tick)
-            parts[condition].append(compare(full, logits, targets))
+            if targets.size:  # the text's last token foretells none
+                parts[condition].append(compare(full, logits, targets))
     return {c: Trace(*np.concatenate(parts[c], axis=1), held=held(caches[c])) for c in conditions}
 
 

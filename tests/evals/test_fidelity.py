@@ -5,12 +5,14 @@ from __future__ import annotations
 import mlx.core as mx
 import numpy as np
 import pytest
+from test_job import done, job_of
 from tiny_gates import LIKE_OTHERS, given_gates
 from tiny_models import VOCAB, tiny_model
 
 from mlx_kvprune import detach
 from mlx_kvprune.evals import fidelity
 from mlx_kvprune.evals.conditions import FULL, Condition, grid, possible, without_question
+from mlx_kvprune.evals.store import Store
 from mlx_kvprune.policy import POLICIES, Policy, register
 from mlx_kvprune.settings import Budget
 
@@ -195,3 +197,23 @@ def test_texts_are_pooled_by_distance():
     (row,) = fidelity.rows([one(0, 0.25), one(1, 0.75)])
     assert row["by_distance"] == [{"from": 0, "to": 256, "kl": 0.5}], "averaged ends of intervals are no interval"
     assert (row["kl"], row["texts"]) == (0.5, 2)
+
+
+@pytest.mark.parametrize("n", [257, 65])
+def test_any_length_can_be_measured(model, n):
+    """Also where a last call has one token, which foretells none, and where there is less than a block."""
+    (row,) = (x for x in fidelity.run(model, TEXT[:n], [Condition("window", TIGHT)]) if x["policy"] == "window")
+    whole = fidelity.trace(model, TEXT[:n], [Condition("window", TIGHT)], chunk=n)
+    (one,) = whole.values()
+    assert len(one.kl) == n - 1 and row["kl"] == pytest.approx(one.kl[n // 2 :].mean(), abs=1e-4)
+    cut = fidelity.blocks(one, n // 2)["kl"]
+    assert cut and np.isfinite(cut).all()
+
+
+def test_a_single_text_is_a_row_of_the_tokens_that_its_difference_is_of(model):
+    """KL less ``window``'s KL is what the row says it is over it."""
+    job = job_of(model, "knorm", tokens=650, budgets=("1/2",))
+    (rows,) = done(job, ["fidelity"], Store())
+    by = {row["policy"]: row for row in rows}
+    assert by["knorm"]["over_window"] == pytest.approx(by["knorm"]["kl"] - by["window"]["kl"], abs=1e-9)
+    assert by["knorm"]["kl_low"] <= by["knorm"]["kl"] <= by["knorm"]["kl_high"]
