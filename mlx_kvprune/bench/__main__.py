@@ -150,7 +150,7 @@ def growth(model: Any, args: argparse.Namespace) -> dict[str, float]:
             mx.clear_cache()
             marks[i] = mx.get_active_memory() / 1e6, mx.get_peak_memory() / 1e6
             mx.reset_peak_memory()
-    (early, _), (late, peak) = marks.values()
+    (early, _), (late, peak) = marks[args.memory_tokens // 10], marks[args.memory_tokens - 1]
     _say(f"memory over {args.memory_tokens} decoded tokens: active {early:.2f} -> {late:.2f} MB, peak {peak:.2f} MB")
     return {"active_early_mb": early, "active_late_mb": late, "peak_mb": peak}
 

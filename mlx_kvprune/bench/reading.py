@@ -68,7 +68,8 @@ class CacheReader:
     Attributes:
         seconds: of prefill so far.
         resident: bytes that MLX holds more than before it had read anything.
-        peak: the most that MLX held at any moment of its turns, without the weights and without the others.
+        peak: the most that MLX held at any moment of its turns, without the weights and without the others. Of decoding only
+            where the cache itself decodes: a copy's first step copies all arrays that it is written to.
     """
 
     def __init__(self, model: Any, candidate: Candidate, plan: Plan) -> None:
@@ -98,7 +99,8 @@ class CacheReader:
         times = stretch(self.model, self.work, n)
         mx.synchronize()  # the loop has begun one step more
         mx.clear_cache()
-        self._note(before)
+        if self.work is self.cache:
+            self._note(before)
         return times
 
     def back(self) -> None:
@@ -123,8 +125,7 @@ class CacheReader:
     def _note(self, before: tuple[int, int]) -> None:
         active, own = before
         self.peak = max(self.peak, mx.get_peak_memory() - active + own)
-        if self.work is self.cache:  # a copy does not stay
-            self.resident += mx.get_active_memory() - active
+        self.resident += mx.get_active_memory() - active
 
 
 def _offset(cache: list[Any]) -> int:

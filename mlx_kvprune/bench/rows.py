@@ -13,7 +13,7 @@ Row = dict[str, Any]
 Key = tuple[str, int, int, str, int]  # kind, size, length of a batch's texts, candidate, repetition
 CONTEXT, BATCH, RUN = "context", "batch", "run"
 SIZE = {CONTEXT: "context", BATCH: "batch"}
-SAME = ("model", "dtype", "budget", "prefill_step_size", "backend")  # what rows must share
+SAME = ("model", "dtype", "budget", "prefill_step_size", "backend", "chip", "threads")  # what rows must share
 
 
 def key_of(row: Row) -> Key:
@@ -78,7 +78,11 @@ def read(path: Path | None) -> list[Row]:
             raise ValueError(
                 f"[out] not a file of rows; got line {number} of {str(path)!r}; try another name"
             ) from None
-        rows += [row] if isinstance(row, dict) else []
+        if not isinstance(row, dict) or (row and "kind" not in row):
+            raise ValueError(
+                f"[out] not a row of bench; got line {number} of {str(path)!r}, perhaps of `eval`; try another name"
+            )
+        rows += [row] if row else []
     return rows
 
 

@@ -133,12 +133,15 @@ def about_run(name: str, model: Any, budget: str, amount: Amount) -> Fields:
     """What rows have to share, to be shown in one table."""
     from mlx.utils import tree_flatten
 
+    from mlx_kvprune.cli import machine
     from mlx_kvprune.kernels.launch import engine
 
     flat: Any = tree_flatten(model.parameters())
     kinds = sorted({str(x.dtype).removeprefix("mlx.core.") for _, x in flat})
     about = {"model": name, "dtype": "+".join(kinds), "budget": budget, "backend": engine() or "cpu"}
-    return {**about, "prefill_step_size": amount.step}
+    told = machine.about()
+    threads = machine.settings().get("OPENBLAS_NUM_THREADS", "all")
+    return {**about, "prefill_step_size": amount.step, "chip": told["chip"], "threads": threads}
 
 
 def machine_row(ceiling: Fields) -> Fields:

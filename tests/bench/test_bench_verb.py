@@ -22,8 +22,8 @@ BUDGET = "104"
 AMOUNT = {"contexts": "64,150", "batch": "1,2", "batch-context": 40, "rounds": 2, "decode-tokens": 2}
 SMALL = [f"--{name}={value}" for name, value in {**AMOUNT, "prefill-step-size": 50}.items()]
 CONTEXT_FIELDS = (
-    "model dtype budget backend prefill_step_size kind context candidate sitting rep prompt_tokens prefill_s ttft_s "
-    "decode_s kv_bytes kv_bytes_peak kv_bytes_full resident_bytes peak_bytes ceiling_tps"
+    "model dtype budget backend prefill_step_size chip threads kind context candidate sitting rep prompt_tokens "
+    "prefill_s ttft_s decode_s kv_bytes kv_bytes_peak kv_bytes_full resident_bytes peak_bytes ceiling_tps"
 )
 
 
@@ -303,6 +303,10 @@ def test_a_file_of_something_else_is_left_alone(run, tmp_path):
     letter.write_text("Dear Ada")
     code, _, stderr = run("--out", str(letter))
     assert code == 2 and "[out] not a file of rows; got line 1" in stderr and letter.read_text() == "Dear Ada"
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(line := json.dumps({"task": "fidelity", "item": 0, "setup": {}, "result": {}}) + "\n")
+    code, _, stderr = run("--out", str(rows))
+    assert code == 2 and "[out] not a row of bench; got line 1" in stderr and rows.read_text() == line
 
 
 def test_stored_runs_become_a_page(run, tmp_path, monkeypatch, capsys):
