@@ -243,7 +243,8 @@ def prepare(model: ModelOptions, wanted: dict[str, Any], data: Sequence[Path], s
     found, tokenizer = load(model)
     limit, longest = trained_context(found), max(wanted["tokens"], wanted["haystack"])
     if limit is not None and longest > limit:
-        raise ValueError(f"[tokens] longer than the model's trained context; got {longest}; try {limit} or less")
+        name = "tokens" if wanted["tokens"] > limit else "haystack"
+        raise ValueError(f"[{name}] longer than the model's trained context; got {longest}; try {limit} or less")
     lengths = {name: wanted[name] for name in LENGTHS}
     return Job(found, tokenizer, documents, grid, **lengths, seed=seed, about=about(model, documents))
 
@@ -298,8 +299,8 @@ def run_tasks(tasks: Sequence[Task], job: Job, out: Path | None = None) -> tuple
 
     notes: list[str] = []
     sizes: dict[str, int] = {}
+    jobs.check(job, tasks)
     for task in tasks:
-        task.check(job)  # refuses now, not after the other tasks
         some, left_out = task.conditions(job)
         notes += [*task.notes(job), *left_out]
         sizes |= jobs.gate_sizes(job, some)

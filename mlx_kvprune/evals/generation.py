@@ -100,7 +100,9 @@ def diverges(said: Sequence[int], full: Sequence[int]) -> int:
 
 
 def rows(units: Sequence[Unit]) -> list[dict[str, Any]]:
-    """One row per condition: means over the texts; only lengths that the limit did not cut are compared."""
+    """One row per condition: means over the texts. Lengths are compared where the full cache came to an end; where the limit
+    cut the other answer, ``inflation`` is a lower bound (``cut_ended`` of them).
+    """
     full = {unit["item"]: unit["result"] for unit in units if unit["policy"] == "full"}
     return [_row(some, full) for some in by_condition(units)]
 
@@ -116,6 +118,7 @@ def _row(units: Sequence[Unit], full: dict[int, dict[str, Any]]) -> dict[str, An
         "length": float(np.mean([len(a["said"]) for a, _ in pairs])),
         "inflation": float(np.mean(longer)) if longer else None,
         "ended_full": len(ended),
+        "cut_ended": sum(len(a["said"]) == a["most"] for a, _ in ended),
         "cut": sum(len(a["said"]) == a["most"] for a, _ in pairs),
         "loops": sum(loops(a["said"]) for a, _ in pairs),
         "same": float(np.mean([diverges(a["said"], b["said"]) for a, b in pairs])),

@@ -204,6 +204,17 @@ def pieces(job: Job, tasks: Sequence[Task], store: Store) -> Iterator[Piece]:
                 yield Piece(task, number, len(items), item, missing)
 
 
+def check(job: Job, tasks: Sequence[Task]) -> None:
+    """Refuse now what a task would refuse after those before it were measured.
+
+    Raises:
+        ValueError: a task cannot measure this model, or has no items.
+    """
+    for task in tasks:
+        task.check(job)
+        task.items(job)
+
+
 def left(job: Job, tasks: Sequence[Task], store: Store) -> int:
     """How many tokens a run will send through the model."""
     return sum(piece.task.work(job, piece.item, piece.missing) for piece in pieces(job, tasks, store))

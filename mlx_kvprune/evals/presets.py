@@ -28,7 +28,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "budgets": "1/4,1/8",
         "tasks": "fidelity,regret,needles,generation",
         "tokens": 1024,
-        "haystack": 1024,
+        "haystack": 0,  # as many as tokens
         "trials": 3,
         "answer_tokens": 96,
     },
@@ -60,4 +60,6 @@ def chosen(preset: str, **given: Any) -> dict[str, Any]:
         raise ValueError(f"[grid] not known; got {preset!r}; try one of: {known}")
     said = {name: value for name, value in given.items() if value is not None}
     found = {**DEFAULTS, **PRESETS[preset], **said}
-    return {**found, "haystack": found["haystack"] or found["tokens"] // 2}
+    if found["haystack"] is None:
+        found["haystack"] = found["tokens"] // 2
+    return {**found, "haystack": found["haystack"] or found["tokens"]}

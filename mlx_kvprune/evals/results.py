@@ -20,7 +20,7 @@ from typing import Any
 from mlx_kvprune.evals import tables
 from mlx_kvprune.evals.findings import findings, over_seeds
 from mlx_kvprune.evals.frontier import label, panels
-from mlx_kvprune.evals.store import Unit, parsed
+from mlx_kvprune.evals.store import Unit, key, parsed
 from mlx_kvprune.evals.tasks import TASKS
 from mlx_kvprune.report.frontier import draw
 
@@ -77,7 +77,7 @@ class Table:
 
 
 def read(paths: Sequence[Path]) -> list[Table]:
-    """The tables of files, in the order in which their tasks began.
+    """The tables of files, in the order in which their tasks began; the same piece of work of a file counts once.
 
     Raises:
         ValueError: a file cannot be read or holds something else.
@@ -94,6 +94,8 @@ def read(paths: Sequence[Path]) -> list[Table]:
             table.units.append(unit)
             if run not in table.runs:
                 table.runs.append(run)
+    for table in found.values():
+        table.units = list({key(unit): unit for unit in table.units}.values())
     return list(found.values())
 
 

@@ -56,7 +56,8 @@ def _regret(row: Row) -> Cells:
 
 
 def _generation(row: Row) -> Cells:
-    inflation = "-" if row["inflation"] is None else f"{row['inflation']:.2f}x of {row['ended_full']}"
+    least = "at least " if row.get("cut_ended") else ""  # the limit cut some of them
+    inflation = "-" if row["inflation"] is None else f"{least}{row['inflation']:.2f}x of {row['ended_full']}"
     same = {"same as full": f"{row['same']:.1f} tokens"}
     if row["own_kl"] is not None:
         same |= {

@@ -131,12 +131,12 @@ def _facts(rng: np.random.Generator, n: int) -> list[tuple[str, str, str]]:
     One to ``ALIKE`` after each other are of a kind.
     """
     found: dict[str, tuple[str, str, str]] = {}
-    alike = 0
+    alike: list[tuple[Draw, str, str, Draw]] = []
     for _ in range(20 * n):
-        if alike == 0:
-            who, question, opening, answer = KINDS[int(rng.integers(len(KINDS)))]
-            alike = int(rng.integers(1, ALIKE + 1))
-        alike -= 1
+        if not alike:
+            kind = KINDS[int(rng.integers(len(KINDS)))]
+            alike = [kind] * int(rng.integers(1, ALIKE + 1))
+        who, question, opening, answer = alike.pop()
         name = who(rng)
         found.setdefault(name, (name, question, f"{opening.format(who=name)} {answer(rng)}."))
         if len(found) == n:

@@ -119,7 +119,7 @@ def test_a_run_killed_by_the_system_goes_on(run, tmp_path):
 
 def test_presets_and_what_goes_before_them():
     quick = presets.chosen("quick", tokens=500, tasks=None)
-    assert (quick["tokens"], quick["haystack"], quick["budgets"]) == (500, 1024, "1/4,1/8")
+    assert (quick["tokens"], quick["haystack"], quick["budgets"]) == (500, 500, "1/4,1/8")
     assert presets.chosen("")["haystack"] == presets.DEFAULTS["tokens"] // 2
     assert presets.chosen("standard")["policies"] == "all"
     with pytest.raises(ValueError, match="try one of: quick, standard, frontier"):

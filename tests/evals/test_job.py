@@ -142,3 +142,9 @@ def test_texts_are_pooled(model):
     (rows,) = done(job_of(model, tokens=240, texts=3), ["regret"], Store())
     assert rows[1]["regret"] == pytest.approx(sum(x["regret"] for x in rows[1]["by_age"]))
     assert len(rows[1]["by_layer"]) == 2
+
+
+def test_what_a_later_task_refuses_is_refused_before_the_first_is_measured(model):
+    job = job_of(model, "knorm", haystack=90_000)
+    with pytest.raises(ValueError, match=r"\[haystack\] no text of 90000 tokens"):
+        jobs.check(job, named(["fidelity", "needles"]))

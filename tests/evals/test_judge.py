@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from mlx_kvprune.evals import density, generation, judge
+from mlx_kvprune.evals import density, generation, judge, tables
 from mlx_kvprune.evals.conditions import SIZES
 
 HELD = dict.fromkeys(SIZES, 7)
@@ -149,6 +149,13 @@ def test_lengths_are_compared_where_full_came_to_an_end():
     full, window = generation.rows(units)
     assert (full["inflation"], full["same"], full["loops"], full["cut"]) == (1.0, 4.0, 1, 1)
     assert (window["inflation"], window["ended_full"], window["same"], window["length"]) == (2.0, 1, 3.5, 5.0)
+    assert window["cut_ended"] == 0
+    (_, window) = generation.rows(
+        [*units[:3], said("window", 1, [1] * 6), said("full", 2, [1]), said("window", 2, [1] * 6)]
+    )
+    assert (window["inflation"], window["cut_ended"]) == (4.0, 1), "a lower bound"
+    header, (_, cells) = tables.table("generation", [full, window])
+    assert dict(zip(header, cells, strict=True))["inflation"] == "at least 4.00x of 2"
 
 
 def test_regression_of_compression_on_length():
