@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -47,7 +48,7 @@ def read(path: str | Path) -> str:
 
 
 def _bytes_of(path: Path) -> bytes:
-    if path.is_dir():
+    if os.path.isdir(path):
         raise ValueError(f"[ask] {path} is a folder; got no file; try {path}/*.txt")
     try:
         return path.read_bytes()
@@ -73,11 +74,16 @@ def _pdf_text(data: bytes, name: str) -> str:
         from pypdf import PdfReader
     except ImportError:
         raise ValueError(f"[ask] {name} is a PDF; got no PDF reader; try pip install pypdf") from None
+    locked = False
     try:
-        pages = [page.extract_text() or "" for page in PdfReader(io.BytesIO(data)).pages]
+        reader = PdfReader(io.BytesIO(data))
+        locked = reader.is_encrypted
+        pages = [page.extract_text() or "" for page in reader.pages]
     except Exception as error:  # pypdf raises many types on damaged files
+        if locked:
+            raise ValueError(f"[ask] {name} asks for a password; got {error}; try a copy without one") from None
         raise ValueError(f"[ask] {name} is a damaged PDF; got {error}; try to print it to PDF again") from None
-    return "\n\n".join(pages)
+    return "\n\n".join(pages).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 @dataclass(frozen=True)

@@ -154,7 +154,7 @@ def read(path: str | Path) -> GGUF:
         raise ValueError(f"[gguf] cannot read {path}; got {error}; try the path of a .gguf file") from error
     try:
         return _parse(path, _Cursor(data))
-    except (LookupError, ValueError, TypeError, ZeroDivisionError, MemoryError) as error:
+    except (LookupError, ValueError, TypeError, ZeroDivisionError, MemoryError, RecursionError) as error:
         if str(error).startswith("[gguf]"):
             raise
         raise ValueError(f"[gguf] {path.name} is damaged; got {error}; try to download it again") from error

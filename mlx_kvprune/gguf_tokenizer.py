@@ -33,7 +33,14 @@ def write_tokenizer(gguf: GGUF, folder: Path) -> dict[str, Any]:
         ValueError: the file has no tokenizer, or one of another family.
     """
     tokens = _field(gguf, "tokens")
-    tokenizer = _build(gguf, tokens)
+    try:
+        tokenizer = _build(gguf, tokens)
+    except (TypeError, ValueError) as error:  # of lists that do not match
+        if str(error).startswith("[gguf]"):
+            raise
+        raise ValueError(
+            f"[gguf] the tokenizer in {gguf.path.name} is damaged; got {error}; try to download it again"
+        ) from error
     if tokenizer.get_vocab_size() != len(tokens):
         raise ValueError(
             f"[gguf] the tokenizer in {gguf.path.name} is damaged; got {tokenizer.get_vocab_size()} distinct tokens of "

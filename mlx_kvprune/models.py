@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import json
 import math
+import os
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -123,7 +124,7 @@ def pull(name: str | Path, *, dtype: str | None = None, progress: Progress | Non
         dtype = dtype or _default_dtype(card.own_dtype)
         get = partial(fetch, card.source, cache_dir() / "downloads", progress)
         return _made(_home(card.name, dtype), card.source.sha256, dtype, get, progress, thorough=True)
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     if path.is_file():
         return _from_file(path, dtype, progress)
     if str(name) and path.is_dir():
@@ -142,7 +143,7 @@ def _find(name: str | Path) -> ModelCard | None:
 
 def _locate(name: str | Path, dtype: str | None) -> Path:
     """The directory to load ``name`` from, made if it is not there yet."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     card = _find(name)
     if card is None and str(name) and path.is_dir():
         return path

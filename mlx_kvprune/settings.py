@@ -201,7 +201,7 @@ class CacheSettings:
 
     def described(self) -> str:
         """In a few words, for people."""
-        text = f"policy {self.policy}, budget {self.budget}"
+        text = f"policy {self.policy}" + ("" if self.policy == "full" else f", budget {self.budget}")
         text += "" if self.allocator in ("uniform", "auto") else f", {self.allocator}"
         text += f", local layers {self.local_layers}" if self.local_layers else ""
         bits = dict.fromkeys(str(bits or "all") for bits in (self.key_bits, self.value_bits))

@@ -74,7 +74,7 @@ def gguf_of(model: str) -> Path | str:
     """The GGUF behind a model's name, or why llama.cpp cannot take part."""
     from mlx_kvprune.models import cache_dir, known_models
 
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     if path.suffix != ".gguf":
         card = next((card for card in known_models() if card.name == model), None)
         if card is None:

@@ -93,10 +93,11 @@ def ask(
     reread = any(knows_question(s.policy) for s in settings) if reread is None else reread
     text = "\n\n".join(documents.read(path) for path in files)
     loaded, tokenizer = load(model)
-    runs = []
-    for each in settings:
-        runs.append(_Asking(loaded, tokenizer, text, questions, each, sampling, reread, silent=json))
-        runs[-1].run(label=len(settings) > 1)
+    runs = [_Asking(loaded, tokenizer, text, questions, each, sampling, reread, silent=json) for each in settings]
+    for run in runs:
+        run.check()
+    for run in runs:
+        run.run(label=len(runs) > 1)
     if json:
         _write_json(model.model, runs)
 
@@ -137,11 +138,36 @@ class _Asking:
         self.settings, self.sampling, self.silent = settings, sampling, silent
         self.for_each = knows_question(settings.policy) or len(questions) == 1
         self.reread, self.pinned = reread, self.for_each and not reread
+        self.spare = 0
         self.answers: list[Any] = []
         self.reports: list[Any] = []
         self.prompt_tokens, self.first_seconds = 0, 0.0  # of the first question
         self.read_tokens, self.read_seconds = 0, 0.0
         self.again_tokens, self.again_seconds = 0, 0.0
+
+    def check(self) -> None:
+        """Refuse now what would be refused when others have read and answered.
+
+        Raises:
+            ValueError: the text or a question is too long, or the budget too small.
+        """
+        from mlx_kvprune import attach
+        from mlx_kvprune.attach import attachment_of, make_from_settings
+        from mlx_kvprune.documents import prompt_for, settings_to_read
+
+        if attachment_of(self.model) is None:
+            attach(self.model, policy="window", budget=None, quiet=True)
+        prompts = [prompt_for(self.tokenizer, self.text, question, pinned=self.pinned) for question in self.questions]
+        if not self.for_each:  # all are asked of what is read for the first
+            self.spare = max(len(prompt.after) for prompt in prompts) - len(prompts[0].after)
+            prompts = prompts[:1]
+        for prompt in prompts:
+            make_from_settings(self.model, settings_to_read(self.model, self.settings, prompt, self._room, "ask"))
+
+    @property
+    def _room(self) -> int:
+        """Tokens that may come after the first question's: those of a longer one, and of the answer."""
+        return self.spare + self.sampling.max_tokens
 
     def run(self, label: bool) -> None:
         """Read, then answer each question; ``label`` says which policy is speaking."""
@@ -162,16 +188,13 @@ class _Asking:
 
     def _read(self, question: str) -> None:
         """Read for this question, or for this and those that follow."""
-        from mlx_kvprune import attach, documents
-        from mlx_kvprune.attach import attachment_of
+        from mlx_kvprune import documents
         from mlx_kvprune.cli import output
         from mlx_kvprune.cli.stream import fill_of
         from mlx_kvprune.forward import pruned
         from mlx_kvprune.progress import Bar
         from mlx_kvprune.reread import read_again
 
-        if attachment_of(self.model) is None:
-            attach(self.model, policy="window", budget=None, quiet=True)
         began = time.monotonic()
         with Bar() as bar:
 
@@ -187,7 +210,7 @@ class _Asking:
                 self.settings,
                 pinned=self.pinned,
                 step=self.sampling.prefill_step_size,
-                max_tokens=self.sampling.max_tokens,
+                max_tokens=self._room,
                 progress=show,
             )
             if self.reread:

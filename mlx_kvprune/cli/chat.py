@@ -63,6 +63,7 @@ def chat(
     from mlx_kvprune.cli import output
     from mlx_kvprune.cli.conversation import Conversation
 
+    system_prompt = readable(system_prompt, "system-prompt") if system_prompt is not None else None
     settings = settings_unasked(decided(cache, model.model), sampling.seed)
     loaded, tokenizer = load(model)
     session = Chat(Conversation(loaded, tokenizer, settings, sampling, system_prompt))
@@ -76,6 +77,7 @@ def converse(chat: Chat) -> None:
     """Read and answer until the user leaves."""
     from mlx_kvprune.cli import commands, output
     from mlx_kvprune.cli.lines import reader
+    from mlx_kvprune.cli.main import explain
 
     read = reader(list(commands.COMMANDS))
     while True:
@@ -85,8 +87,10 @@ def converse(chat: Chat) -> None:
             return
         except KeyboardInterrupt:
             output.say("\nCtrl-D or /quit leaves")
-        except ValueError as error:
-            output.say(" ".join(f"mlx-kvprune: {error}".split()), "yellow")
+        except BrokenPipeError:
+            raise
+        except Exception as error:  # whatever it is, the conversation goes on
+            output.say(explain(error)[0], "yellow")
 
 
 def handle(chat: Chat, line: str) -> None:
@@ -104,8 +108,13 @@ def answer(chat: Chat, text: str) -> None:
     from mlx_kvprune.cli import output
     from mlx_kvprune.cli.stream import Stop
 
-    with Stop() as stop:
-        chat.last = run = chat.talk.ask(chat.message(text), output.write, stop)
+    try:
+        with Stop() as stop:
+            chat.last = run = chat.talk.ask(chat.message(text), output.write, stop)
+    except KeyboardInterrupt:
+        output.write("\n")
+        output.say("stopped at once; your last message was taken back, the rest is read again with the next one", "dim")
+        return
     chat.files.clear()
     output.write("\n")
     if run.finish_reason == "interrupt":

@@ -69,7 +69,8 @@ def rewind(chat: Chat, rest: str) -> None:
     with Stop() as stop:
         exact = chat.talk.rewind(stop)
     chat.last = None
-    how = "trimmed from the cache, exactly" if exact else "tokens had been evicted, so the history was read again"
+    again = "was read again" if _read_all(chat) else "is read again"
+    how = "trimmed from the cache, exactly" if exact else f"tokens had been evicted, so the history {again}"
     output.say(f"took back the last exchange ({how}); {len(chat.talk.marks)} left")
     _say_rest(chat)
 
@@ -117,7 +118,7 @@ def policy(chat: Chat, rest: str) -> None:
     check_budget(settings)
     with Stop() as stop:
         chat.talk.change(settings, stop)
-    output.say(f"{settings.described()}; the history was read again")
+    output.say(f"{settings.described()}; the history was read again" if _read_all(chat) else settings.described())
     _say_rest(chat)
 
 
@@ -142,6 +143,10 @@ def changed(before: CacheSettings, name: str, budget: str = "") -> CacheSettings
 
 def leave(chat: Chat, rest: str) -> None:
     raise EOFError
+
+
+def _read_all(chat: Chat) -> bool:
+    return chat.talk.seen == len(chat.talk.tokens)
 
 
 def _say_rest(chat: Chat) -> None:

@@ -80,10 +80,12 @@ class Conversation:
         return run
 
     def _run(self, write: Callable[[str], None], stop: Stop, max_tokens: int) -> Run:
-        new = self.tokens[self.seen :]
-        arguments = (self.model, self.tokenizer, new, self.cache, self.sampling, write, self.sampler, max_tokens, stop)
         try:
-            run = stream(*arguments)
+            self.replay(stop, finished=True)  # what an earlier replay that was stopped has left
+            new = self.tokens[self.seen :]
+            run = stream(
+                self.model, self.tokenizer, new, self.cache, self.sampling, write, self.sampler, max_tokens, stop
+            )
         except BaseException:  # layers may have seen different numbers of tokens
             self._take_back_turn()
             raise
@@ -155,22 +157,37 @@ class Conversation:
         """Go on with other caches, into which the history is replayed.
 
         Raises:
-            ValueError: the model cannot have such caches; nothing has changed then.
+            ValueError: the model cannot have such caches, or the history is too long for them; nothing has changed then.
         """
         cache = caches(self.model, settings)
+        limit = context_limit(self.model, cache)
+        if limit is not None and len(self.tokens) >= limit:
+            raise ValueError(
+                f"[policy] the history is longer than the model's trained context, and {settings.policy} counts positions in "
+                f"the text; got {len(self.tokens)} tokens, the limit is {limit}; try another policy, or /rewind"
+            )
         self.settings, self.cache, self.seen = settings, cache, 0
         self.replay(stop)
 
-    def replay(self, stop: Stop | None = None) -> None:
-        """Feed what the caches have not seen; what is left if the user stops it goes in with the next turn."""
-        for end, answered in self._turns():
-            new = self.tokens[self.seen : end]
-            if new:
-                self.seen += prefill(self.model, new, self.cache, self.sampling.prefill_step_size, stop)
-                if self.seen < end:
-                    return
-                if answered:
-                    session.end_turn(self.cache)
+    def replay(self, stop: Stop | None = None, finished: bool = False) -> None:
+        """Feed what the caches have not seen; what is left if the user stops it goes in with the next turn.
+
+        Args:
+            finished: only the turns before the last.
+        """
+        turns = list(self._turns())
+        try:
+            for end, answered in turns[:-1] if finished else turns:
+                new = self.tokens[self.seen : end]
+                if new:
+                    self.seen += prefill(self.model, new, self.cache, self.sampling.prefill_step_size, stop)
+                    if self.seen < end:
+                        return
+                    if answered:
+                        session.end_turn(self.cache)
+        except BaseException:  # layers may have seen different numbers of tokens
+            self._renew()
+            raise
 
     def _turns(self) -> Iterator[tuple[int, bool]]:
         """Where each turn ends, and whether it was answered; the whole text is one without marks."""

@@ -134,7 +134,10 @@ AnswerTokens = Annotated[
     _option("--answer-tokens", min=1, help=f"Of a generated answer, at most. {_default('answer_tokens')}"),
 ]
 Seed = Annotated[
-    int, _option("--seed", min=0, help="Of everything that is drawn, and which excerpts of the texts are read.")
+    int,
+    _option(
+        "--seed", min=0, max=2**32 - 1, help="Of everything that is drawn, and which excerpts of the texts are read."
+    ),
 ]
 Quick = Annotated[
     bool, _option("--quick", help="A grid of about 70,000 tokens: under ten minutes on two quiet CPU cores.")

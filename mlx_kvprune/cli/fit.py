@@ -172,7 +172,9 @@ Lora = Annotated[
     int, _option("--lora", panel=HOW, metavar="RANK", min=0, help="spkv: adapters of the model learn, too.")
 ]
 Full = Annotated[bool, _option("--full", panel=HOW, help="spkv: all weights of the model learn, too.")]
-Seed = Annotated[int, _option("--seed", panel=HOW, metavar="N", min=0, help="Of gates and of all that is drawn.")]
+Seed = Annotated[
+    int, _option("--seed", panel=HOW, metavar="N", min=0, max=2**32 - 1, help="Of gates and of all that is drawn.")
+]
 Check = Annotated[
     int | None,
     _option(

@@ -111,10 +111,10 @@ def split_debug(arguments: list[str]) -> tuple[list[str], bool]:
 
 
 def _tolerant_output() -> None:
-    """What a terminal's encoding cannot show becomes a question mark."""
-    for stream in (sys.stdout, sys.stderr):
+    """What a terminal's encoding cannot show becomes a question mark; what comes in that is no text is told line by line."""
+    for stream, errors in ((sys.stdout, "replace"), (sys.stderr, "replace"), (sys.stdin, "surrogateescape")):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+            stream.reconfigure(errors=errors)  # type: ignore[union-attr]
 
 
 def _reader_gone() -> int:

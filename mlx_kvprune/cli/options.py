@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, is_dataclass
@@ -50,7 +51,10 @@ Dtype = Annotated[
     ),
 ]
 Seed = Annotated[
-    int, option("--seed", panel=SAMPLING, metavar="N", min=0, help="Of sampling, and of policies that draw lots.")
+    int,
+    option(
+        "--seed", panel=SAMPLING, metavar="N", min=0, max=2**32 - 1, help="Of sampling, and of policies that draw lots."
+    ),
 ]
 MaxTokens = Annotated[
     int, option("--max-tokens", "-m", panel=SAMPLING, metavar="N", min=1, help="The longest answer, in tokens.")
@@ -174,7 +178,7 @@ def load(options: ModelOptions) -> tuple[nn.Module, TokenizerWrapper]:
     from mlx_kvprune import models
     from mlx_kvprune.cli.output import working
 
-    here = Path(options.model).expanduser().is_dir() or any(
+    here = Path(os.path.expanduser(options.model)).is_dir() or any(
         card.name == options.model and card.on_disk for card in models.known_models()
     )
     with working(f"loading {options.model}") if here else nullcontext():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,10 +24,12 @@ def save(talk: Conversation, path: str) -> Path:
     Raises:
         ValueError: there is nothing to save, or it cannot be written.
     """
-    if not talk.seen:
+    if not talk.tokens:
         raise ValueError("[save] nothing to save; got an empty conversation; try after the first answer")
     with _named("save"):
         place = _place(path)
+    if not talk.seen:  # an answer that was stopped at once took the cache with it
+        talk.replay()
     arrays, meta = pack(talk.cache)
     content = {"version": VERSION, "settings": talk.settings.to_json(), **{name: getattr(talk, name) for name in KEPT}}
     with _named("save"):
@@ -65,8 +68,8 @@ def _content(meta: dict[str, Any], place: Path) -> dict[str, Any]:
 
 
 def _place(path: str) -> Path:
-    place = Path(path).expanduser()
-    if place.is_dir():
+    place = Path(os.path.expanduser(path))  # leaves alone a user that is not known
+    if os.path.isdir(place):  # asks nothing of a name that is too long
         raise ValueError(f"[cache-file] a folder; got {path!r}; try a file in it")
     return place if place.suffix == SUFFIX else place.with_name(place.name + SUFFIX)
 

@@ -192,3 +192,21 @@ def one_line(result, message: str) -> None:
     assert len(result.stderr.strip().splitlines()) == 1, result.stderr
     assert re.search(message, result.stderr), result.stderr
     assert "Traceback" not in result.stderr
+
+
+def test_what_must_be_refused_is_refused_before_anybody_reads(short, fable):
+    """And not after the first policy has read and answered."""
+    ask = ["ask", fable, "-q", "Who woke?", "--model", str(short), "--budget", "250", "--max-tokens", "5"]
+    for more in (["--compare", "full"], ["--compare", "full", "--json"], ["--compare", "retention"]):
+        done = run(*ask, *more)
+        assert done.returncode == 2 and done.stdout == "" and "; try" in done.stderr
+        assert len(done.stderr.splitlines()) == 1, "nobody has answered"
+
+
+def test_the_longest_question_decides_what_fits(short, tmp_path):
+    (tmp_path / "short.txt").write_text("A lion woke. ")
+    questions = ["-q", "Who?", "-q", "Who was it that woke, and why, and what came of it? " * 4]
+    ask = ["ask", str(tmp_path / "short.txt"), "--model", str(short), "--policy", "full", "--max-tokens", "5"]
+    first, swapped = run(*ask, *questions), run(*ask, *questions[2:], *questions[:2])
+    assert first.returncode == swapped.returncode == 2
+    assert "the limit is 300" in first.stderr and "the limit is 300" in swapped.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -220,3 +221,27 @@ def test_a_real_model_remembers(start):
     ask(child, "Which city is the capital of Zubrowka?", "Lutz")
     child.sendline("/quit")
     child.expect(pexpect.EOF)
+
+
+def test_no_mistake_of_a_command_ends_the_chat(tiny, tmp_path):
+    lines = [
+        "Hello",
+        "/save ~nobody-of-that-name/x/y",
+        f"/save {'x' * 300}",
+        f"/file {'y' * 300}",
+        "/load ~nobody-of-that-name/x",
+    ]
+    done = run("chat", "--model", str(tiny), "-m", "5", stdin="\n".join([*lines, "/stats", "And you?"]) + "\n")
+    assert done.returncode == 0 and "1 exchanges" in done.stderr
+    assert "Traceback" not in done.stderr and len(done.stdout.splitlines()) == 2
+    problems = [line for line in done.stderr.splitlines() if line.startswith("mlx-kvprune: ")]
+    assert len(problems) == 4 and all("; try" in line for line in problems)
+
+
+def test_what_is_no_text_takes_no_other_line_with_it(tiny, monkeypatch):
+    """Also in a locale whose standard input is strict."""
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONIOENCODING", "utf-8:strict")
+    script = "printf 'Hello\\n\\xff bad\\nBye\\n' | " + f"{sys.executable} -m mlx_kvprune chat --model {tiny} -m 5"
+    done = subprocess.run(["bash", "-c", script], env=ENVIRONMENT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and len(done.stdout.splitlines()) == 2
+    assert "[chat] not text" in done.stderr

@@ -11,6 +11,7 @@ from cli_helpers import TEMPLATE, tiny_llama
 from mlx_kvprune import session
 from mlx_kvprune.attach import settings_from
 from mlx_kvprune.cli import saved
+from mlx_kvprune.cli.cache_options import endless
 from mlx_kvprune.cli.commands import changed
 from mlx_kvprune.cli.conversation import Conversation
 from mlx_kvprune.cli.options import SamplingOptions
@@ -344,3 +345,68 @@ def test_nowhere_and_nothing_to_save(loaded, tmp_path):
     with pytest.raises(ValueError, match="cannot write"):
         saved.save(talk, str(tmp_path / "folder"))
     assert [p.name for p in tmp_path.iterdir()] == ["folder.safetensors"]
+
+
+@pytest.mark.parametrize("how", ["change", "rewind"])
+def test_a_replay_cut_within_a_forward_pass_leaves_no_half_read_layers(loaded, monkeypatch, how):
+    """The first layer has read a chunk, the second has not: what is there is thrown away, and read again."""
+    talk = talk_with(loaded, budget=140)
+    for text in ("The sea was calm. " * 12, "And then? " * 8):
+        say(talk, text)
+    layer = type(talk.model.model.layers[1])
+    original, calls = layer.__call__, iter(range(1 << 30))
+
+    def cut(self, *arguments, **more):
+        if next(calls) == 1:
+            raise KeyboardInterrupt
+        return original(self, *arguments, **more)
+
+    monkeypatch.setattr(layer, "__call__", cut)
+    with pytest.raises(KeyboardInterrupt):
+        talk.change(settings_from(policy="tova", budget=200)) if how == "change" else talk.rewind()
+    monkeypatch.undo()
+    assert talk.seen == 0
+    say(talk, "Go on.")
+    assert_consistent(talk)
+
+
+def test_finished_turns_are_finished_after_a_replay_that_was_stopped(loaded):
+    """``end_turn`` marks each, not all of them as one."""
+    talk, other = talk_with(loaded), talk_with(loaded)
+    for one in (talk, other):
+        for text in ("One. " * 20, "Two. " * 20, "Three. " * 20):
+            say(one, text)
+    stop = Stop()
+    stop.presses = 1
+    talk.change(settings_from(policy="window", budget=4096), stop)
+    assert talk.seen < len(talk.tokens)
+    for one in (talk, other):
+        say(one, "Four?")
+    assert [c.turns for c in talk.cache] == [c.turns for c in other.cache]
+    assert_consistent(talk)
+
+
+def test_a_policy_that_has_no_room_for_the_history_is_refused(tmp_path_factory):
+    model = mlx_lm.load(str(tiny_llama(tmp_path_factory.mktemp("m") / "short", context=300)))[:2]
+    talk = talk_with(model, budget=150, max_tokens=60, positions="auto")
+    for _ in range(3):
+        say(talk, "The sea was calm that night. " * 2)
+    before = talk.cache, talk.settings, talk.seen
+    assert len(talk.tokens) > 300
+    for policy, budget in (("full", None), ("window", 1000)):
+        with pytest.raises(ValueError, match=r"\[policy\] the history is longer .* the limit is 300; try"):
+            talk.change(endless(talk.model, settings_from(policy=policy, budget=budget, positions="auto")))
+        assert (talk.cache, talk.settings, talk.seen) == before
+    say(talk, "Go on.")
+
+
+def test_what_a_stopped_answer_took_back_can_be_saved(loaded, tmp_path):
+    talk = talk_with(loaded)
+    say(talk, "One.")
+    kept = list(talk.tokens)
+    talk._renew()
+    saved.save(talk, str(tmp_path / "talk"))
+    other = talk_with(loaded)
+    saved.load(other, str(tmp_path / "talk"))
+    assert (other.tokens, other.seen) == (kept, len(kept))
+    assert_consistent(other)
