@@ -301,6 +301,8 @@ def fit(
 
     plan = plan_of(model, how, text)
     path = (out or Path(f"gates-{plan.method}.safetensors")).expanduser()
+    if path.is_dir():  # also the empty path
+        raise ValueError(f"[out] a folder; got {str(path)!r}; try a file in it")
     path = path if path.suffix == ".safetensors" else path.with_name(f"{path.name}.safetensors")
     training.check_early(plan, path, restart, how.minutes)
     _check_plot(plot, plan)

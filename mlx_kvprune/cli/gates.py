@@ -96,7 +96,9 @@ def cards_at(where: str) -> list[tuple[Path, Any]]:
         path = models.models_dir() / where
     if path.is_file():
         return [(path, read_card(path))]
-    if not path.is_dir() and (where.count("/") != 1 or where.startswith((".", "~", "/")) or path.suffix):
+    if not path.is_dir() and (
+        where.count("/") != 1 or where.startswith((".", "~", "/")) or path.suffix == ".safetensors"
+    ):
         raise ValueError(f"[gates] no such file or repository; got {where!r}; try a path, or owner/name on the hub")
     found = _in_folder(path if path.is_dir() else hub.pull(where))
     if not found:

@@ -24,6 +24,7 @@ from mlx_kvprune.settings import CacheSettings
 FORMAT = 1
 SUFFIX = ".safetensors"
 OF_MODEL = "model."  # prefix of the fingerprint's tensors
+MOST_TOKENS = 64  # of an embedding that stands for a model
 MOST_NORMS, ALIKE = 6, 0.02  # tensors of a fingerprint; how far apart two precisions of one model may be, relative
 
 
@@ -61,11 +62,24 @@ class Card:
 
 
 def fingerprint(model: nn.Module) -> dict[str, mx.array]:
-    """Some of a model's norms by name, float32: what tells it from others at any precision."""
+    """Some of a model's norms by name, float32: what tells it from others at any precision. Of a model whose norms have no
+    weights, the lengths of its first tokens' embeddings.
+    """
     flat = [(name, x) for name, x in tree_flatten(model.parameters()) if x.ndim == 1 and name.endswith("weight")]
     norms = sorted((name, x) for name, x in flat if mx.issubdtype(x.dtype, mx.floating))
+    if not norms:
+        return _lengths_of_embeddings(model)
     step = max(1, len(norms) // MOST_NORMS)
     return {name: x.astype(mx.float32) for name, x in norms[::step][:MOST_NORMS]}
+
+
+def _lengths_of_embeddings(model: nn.Module) -> dict[str, mx.array]:
+    kinds = (nn.Embedding, nn.QuantizedEmbedding)
+    found = sorted((name, module) for name, module in model.named_modules() if isinstance(module, kinds))
+    return {
+        f"{name}.lengths": mx.linalg.norm(module(mx.arange(MOST_TOKENS)).astype(mx.float32), axis=-1)
+        for name, module in found[:1]
+    }
 
 
 def differs(model: nn.Module, saved: dict[str, mx.array]) -> str:

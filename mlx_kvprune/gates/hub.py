@@ -95,7 +95,8 @@ def readme(repo: str, cards: Sequence[tuple[str, Card]], model: str = "") -> str
 
 def _front(card: Card, model: str) -> list[str]:
     """YAML; strings as JSON, which YAML reads."""
-    base = model or (card.model if card.model.count("/") == 1 and " " not in card.model else "")
+    named = card.model.count("/") == 1 and " " not in card.model and not Path(card.model).expanduser().exists()
+    base = model or (card.model if named else "")
     lines = ["---", "library_name: mlx"]
     lines += [f"license: {json.dumps(card.licence.lower())}"] if card.licence else []
     lines += [f"base_model: {json.dumps(base)}"] if base else []

@@ -14,7 +14,6 @@ import mlx.core as mx
 from mlx_kvprune.gates.files import Card
 from mlx_kvprune.training.methods import DISTILL
 from mlx_kvprune.training.plan import Plan
-from mlx_kvprune.training.texts import credits
 
 WOVEN = "invented facts woven into them, generated"
 SPOKEN = "conversations that the model had about them"
@@ -32,6 +31,7 @@ class Ran:
         read: texts that were read to train on.
         tokens: that these have together.
         measured: texts that were measured on.
+        credits: the files that were trained on, with their licences.
     """
 
     plan: Plan
@@ -41,6 +41,7 @@ class Ran:
     read: int
     tokens: int
     measured: int
+    credits: tuple[str, ...] = ()
 
 
 def card_of(
@@ -65,7 +66,7 @@ def card_of(
         method=plan.method,
         model=plan.model,
         stage="+".join(plan.stages),
-        data=credits(plan.data) + ((WOVEN,) if plan.recall else ()) + ((SPOKEN,) if plan.answers else ()),
+        data=ran.credits + ((WOVEN,) if plan.recall else ()) + ((SPOKEN,) if plan.answers else ()),
         tokens=ran.tokens,
         minutes=f"{ran.seconds / 60:.1f} on {machine()}",
         budget=f"1/{1 / most:.0f} to 1/{1 / least:.0f}" if budgeted else "",
@@ -81,6 +82,8 @@ def limits(ran: Ran, without_outputs: bool, adapters: Path | None) -> list[str]:
     plan, length = ran.plan, ran.plan.length
     kind = "other files" if plan.held_out else "held-out parts of the same files"
     found = [f"Quality: KL from the full cache, last 256 tokens of texts of {length} ({ran.measured} of them), {kind}."]
+    if plan.recall:
+        found.append("Some of these have facts woven into them, too.")
     if plan.answers:
         found.append("None of the held-out texts is a conversation.")
     if DISTILL in plan.stages and not plan.quality:

@@ -47,10 +47,11 @@ def save(path: Path, arrays: dict[str, mx.array], plan: dict[str, Any], progress
     """Write a checkpoint."""
     meta = {"version": VERSION, "plan": plan, "progress": vars(progress)}
     with beside(path) as work:
-        write(lambda: mx.save_safetensors(str(work), arrays, {KEY: json.dumps(meta)}), path)
+        action = lambda: mx.save_safetensors(str(work), arrays, {KEY: json.dumps(meta)})
+        write(action, path, "to make room, and the same command: it goes on from the last checkpoint")
 
 
-def write(action: Callable[[], Any], path: Path) -> Any:
+def write(action: Callable[[], Any], path: Path, advice: str = "another --out") -> Any:
     """Do what writes a file; says in one line what went wrong.
 
     Raises:
@@ -60,7 +61,7 @@ def write(action: Callable[[], Any], path: Path) -> Any:
         return action()
     except (OSError, RuntimeError) as error:  # MLX raises the latter
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise ValueError(f"[out] cannot write {path}; got {reason.rstrip('.')}; try another --out") from error
+        raise ValueError(f"[out] cannot write {path}; got {reason.rstrip('.')}; try {advice}") from error
 
 
 def load(path: Path, plan: dict[str, Any]) -> tuple[dict[str, mx.array], Progress]:

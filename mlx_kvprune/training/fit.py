@@ -28,7 +28,7 @@ from mlx_kvprune.training.plan import Plan
 from mlx_kvprune.training.pool import Pool
 from mlx_kvprune.training.reading import Reading, check_readable, gram, projections, read
 from mlx_kvprune.training.stages import fit_utility
-from mlx_kvprune.training.texts import Texts, plain
+from mlx_kvprune.training.texts import Texts, credits, plain
 from mlx_kvprune.training.whitening import Whitening
 
 BEST, WHITENING = "best.", "whitening."  # prefixes of a checkpoint's arrays
@@ -145,7 +145,9 @@ class _Training:
         texts = Texts.of(tokenizer, plan.data, plan.seed, plan.recall)
         self.texts, self.others = texts.split(plan.length)
         if plan.held_out:
-            self.texts, self.others = texts, Texts.of(tokenizer, plan.held_out, plan.seed + 1, plan.recall)
+            others = Texts.of(tokenizer, plan.held_out, plan.seed + 1, plan.recall)
+            self.texts, self.others = texts, replace(others, what="--held-out")
+        self.credits = credits(plan.data)  # now, while the files are there
         self.grams = projections(model) if plan.how.norms else None
         self.pool = Pool(self._text, plan.n_texts, plan.replaced_every, plan.memory, lean=DISTILL not in plan.stages)
         self.first, self.made_for = self._start() if plan.start else (None, "")
@@ -354,7 +356,7 @@ class _Training:
         adapters = self._save_adapters()
         read = self._texts_read(progress)
         tokens = sum(self._length(n) for n in range(read))
-        about = Ran(self.plan, self.seconds, progress.done, self.pool.size, read, tokens, len(self.held))
+        about = Ran(self.plan, self.seconds, progress.done, self.pool.size, read, tokens, len(self.held), self.credits)
         card = card_of(about, thresholds, rows, self._without_outputs(), adapters)
         card = replace(card, settings={**card.settings, **quality.structure()})
         path = checkpoint.write(lambda: gate_files.save(self.out, quality.gates, self.model, card), self.out)

@@ -86,18 +86,27 @@ class Recorder:
     def __init__(self, window: int, repeat: int | None = None, projection: mx.array | None = None):
         self.offset, self.window, self.repeat, self.projection = 0, window, repeat, projection
         self.x: list[mx.array] = []
+        self.staged: mx.array | None = None
         self.keys = self.values = self.mass = self.peak = mx.zeros((1, 0, 0))
 
     def stage(self, x: mx.array) -> None:
-        self.x.append(x[0].astype(mx.float16))
+        """Whose keys come next counts: a later layer that shares them has an input of its own."""
+        self.staged = x[0].astype(mx.float16)
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         first = not self.offset
+        if self.staged is not None:
+            self.x.append(self.staged)
+            self.staged = None
         self.keys = keys if first else mx.concatenate([self.keys, keys], axis=2)
         self.values = values if first else mx.concatenate([self.values, values], axis=2)
         self.offset += keys.shape[2]
-        handle = Handle(self, keys, values, self.keys.shape, keys.dtype)  # type: ignore[arg-type]
-        return handle, handle
+        self.handle = Handle(self, keys, values, self.keys.shape, keys.dtype)  # type: ignore[arg-type]
+        return self.keys_and_values()
+
+    def keys_and_values(self) -> tuple[Any, Any]:
+        """For later layers that share these keys: what they attend to counts as well."""
+        return self.handle, self.handle
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:
         return "causal" if N > 1 else None
@@ -132,7 +141,8 @@ class Recorder:
         values = self.values[0].astype(mx.float32)[:, None]  # (H_kv, 1, S, D_v)
         grams = self.projection.reshape(-1, group, *self.projection.shape[1:])
         added = mx.sqrt(mx.maximum(((values @ grams) * values).sum(axis=-1), 0.0))
-        readers = mx.linalg.norm(self.x[-1].astype(mx.float32), axis=-1)
+        reader = self.x[-1] if self.staged is None else self.staged
+        readers = mx.linalg.norm(reader.astype(mx.float32), axis=-1)
         return added[:, :, None] / mx.maximum(readers, 1e-6)[:, None]
 
     @property
@@ -140,7 +150,15 @@ class Recorder:
         return [self.keys, self.values, self.mass, self.peak, *self.x]
 
     def taken(self, length: int) -> LayerReading:
-        """What was noted of the first ``length`` tokens."""
+        """What was noted of the first ``length`` tokens.
+
+        Raises:
+            ValueError: the keys came without the attention's input.
+        """
+        if not self.x:
+            raise ValueError(
+                "[fit] gates need the attention's input; got a layer that writes keys without showing it; try another model"
+            )
         half = lambda x: x[0, :, :length].astype(mx.float16)
         x = mx.concatenate(self.x)[:length]
         return LayerReading(x, half(self.keys), half(self.values), self.mass[:, :length], self.peak[:, :length])

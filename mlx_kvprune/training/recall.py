@@ -20,7 +20,8 @@ EVERY = 200  # tokens of text to a fact
 ALIKE = 5  # facts in the same words, at most
 NEAREST = 0.08  # share of the text between a fact and its first return
 BREAK = re.compile(r"(?<=[.!?;:])\s+|\n+")
-CHARS = 4  # of a token, about
+CHARS = 4  # of a token of a fact, about
+ROOM = 1.05  # an excerpt is cut to its length: a little more is made than is read
 
 
 def _words(text: str) -> tuple[str, ...]:
@@ -100,24 +101,26 @@ RETURNS = (
 )
 
 
-def woven(rng: np.random.Generator, text: str, length: int) -> str:
+def woven(rng: np.random.Generator, text: str, length: int, chars: float = CHARS) -> str:
     """The text with a fact to every ``EVERY`` of its ``length`` tokens, each of which comes back later.
 
     Args:
         rng: what everything is drawn with.
-        text: any natural text.
-        length: tokens that will be read of it, about.
+        text: any natural text; its beginning is taken, as much as there is room for beside the facts.
+        length: tokens that will be read of it.
+        chars: of a token of this text.
     """
-    text = text[: CHARS * length]
-    breaks = np.array([0, *(m.end() for m in BREAK.finditer(text)), len(text)])
-    put: list[tuple[int, str]] = []
+    placed: list[tuple[float, str]] = []
     for who, question, told in _facts(rng, max(2, length // EVERY)):
         first = float(rng.uniform(0.0, 0.85))
-        put.append((_near(breaks, first * len(text)), f" {told} "))
+        placed.append((first, f" {told} "))
         for _ in range(int(rng.integers(1, 4))):
             later = float(rng.uniform(min(first + NEAREST, 0.98), 1.0))
-            again = str(rng.choice(RETURNS)).format(question=question.format(who=who), told=told)
-            put.append((_near(breaks, later * len(text)), again))
+            placed.append((later, str(rng.choice(RETURNS)).format(question=question.format(who=who), told=told)))
+    room = ROOM * length - sum(len(some) for _, some in placed) / CHARS
+    text = text[: max(0, int(chars * room))]
+    breaks = np.array([0, *(m.end() for m in BREAK.finditer(text)), len(text)])
+    put = [(_near(breaks, place * len(text)), some) for place, some in placed]
     parts, at = [], 0
     for place, some in sorted(put, key=lambda x: x[0]):
         parts += [text[at:place], some]

@@ -37,8 +37,12 @@ class StudentLayer:
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
         shape = (*keys.shape[:2], self.keys.shape[2] + keys.shape[2], keys.shape[3])
-        handle = Handle(self, keys, values, shape, keys.dtype)  # type: ignore[arg-type]
-        return handle, handle
+        self.handle = Handle(self, keys, values, shape, keys.dtype)  # type: ignore[arg-type]
+        return self.keys_and_values()
+
+    def keys_and_values(self) -> tuple[Any, Any]:
+        """For later layers that share these keys."""
+        return self.handle, self.handle
 
     def make_mask(self, N: int, return_array: bool = False, window_size: int | None = None) -> Any:
         return "causal" if N > 1 else None
@@ -64,11 +68,15 @@ class LiveLayer(StudentLayer):
 
     def __init__(self, bias_of: Callable[[mx.array], Bias]):
         self.bias_of, self.offset = bias_of, 0
+        self.staged: mx.array | None = None
 
     def stage(self, x: mx.array) -> None:
-        self.bias = self.bias_of(x[0])
+        """Whose keys come next counts: a later layer that shares them has an input of its own."""
+        self.staged = x[0]
 
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[Any, Any]:
+        assert self.staged is not None
+        self.bias = self.bias_of(self.staged)
         self.keys, self.values = keys[:, :, :0], values[:, :, :0]
         return super().update_and_fetch(keys, values)
 

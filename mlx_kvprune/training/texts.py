@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from mlx_kvprune.evals.texts import CHARS_PER_TOKEN, Document, loaded, shipped
 from mlx_kvprune.training.recall import woven
 
 MANY = 10  # documents of a file, from which on whole ones are held out
+LINE = 400  # characters within which an excerpt begins with a line
 TAIL = 0.15  # share of a document that is held out where there are fewer
 
 
@@ -52,14 +54,24 @@ class Texts:
             sizes = np.array([len(d.text) for d in file], float)
             text = file[int(rng.choice(len(file), p=sizes / sizes.sum()))].text
             start = int(rng.integers(max(1, len(text) - CHARS_PER_TOKEN * length // 2)))
-            start = text.find("\n", start) + 1 if start else 0
+            start = _beginning(text, start)
             piece = text[start : start + CHARS_PER_TOKEN * length]
-            piece = woven(rng, piece, length) if rng.random() < self.recall else piece
+            if rng.random() < self.recall:
+                piece = woven(rng, piece, length, len(piece) / max(1, len(self.tokenizer.encode(piece))))
             tokens = list(self.tokenizer.encode(piece))
             if len(tokens) >= length:
                 return tokens[:length]
         hint = f"--tokens {max(512, length // 512 * 256)}, or longer texts" if length > 512 else "longer texts"
         raise ValueError(f"[fit] no text of {length} tokens in {self.what}; got shorter ones; try {hint}")
+
+
+def _beginning(text: str, start: int) -> int:
+    """Where a line begins after ``start``; a word, where lines are long."""
+    if not start:
+        return 0
+    line = text.find("\n", start, start + LINE)
+    word = re.compile(r"\s").search(text, start, start + LINE)
+    return line + 1 if line >= 0 else word.end() if word else start
 
 
 def _split(file: tuple[Document, ...], length: int) -> tuple[tuple[Document, ...], tuple[Document, ...]]:
@@ -87,10 +99,10 @@ def credits(paths: Sequence[str | Path]) -> tuple[str, ...]:
 
 def licence_of(path: Path) -> str:
     """The licences in a JSONL file's ``licence`` fields."""
-    if ".jsonl" not in path.name:
+    if not path.name.removesuffix(".gz").endswith(".jsonl"):
         return "licence not known"
     raw = path.read_bytes()
-    lines = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode().split("\n")
+    lines = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig").split("\n")
     found = [json.loads(line) for line in lines if line.strip()]
     named = dict.fromkeys(str(x.get("licence") or x.get("license") or "licence not known") for x in found)
     return ", ".join(named)

@@ -40,6 +40,7 @@ def test_show_a_file_and_a_folder(folder):
     ("arguments", "message"),
     [
         (["show", "none.safetensors"], r"\[gates\] no such file or repository; got 'none.safetensors'"),
+        (["show", "some/Model-1.7B-gates"], r"\[gates\] cannot fetch some/Model-1.7B-gates"),
         (["pull", "none"], r"\[gates\] not a repository on the hub; got 'none'; try OWNER/NAME"),
         (["push", "none.safetensors", "a/b"], r"\[gates\] cannot read none.safetensors"),
         (["push", "none.safetensors"], "missing argument"),

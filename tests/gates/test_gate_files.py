@@ -12,6 +12,7 @@ import pytest
 from gate_helpers import FORM, caches_for, gated_model, random_gates, read, text
 
 import mlx_kvprune as kvp
+from mlx_kvprune.attach import hooked
 from mlx_kvprune.gates import FORMS, GateShape, files
 from mlx_kvprune.gates.files import Card
 
@@ -215,3 +216,22 @@ def test_a_share_is_looked_up_in_the_gates_that_come_along():
     assert files.threshold_of("1/4", "", "spkv") == files.read_card(path).thresholds["1/4"]
     with pytest.raises(ValueError, match=r"not a share that gates-spkv.safetensors knows; got '1/3'; try one of: 1/2"):
         files.threshold_of("1/3", "", "spkv")
+
+
+def test_a_model_whose_norms_have_no_weights_is_known_by_its_embeddings(tmp_path):
+    """At any precision; another one is refused."""
+    model = gated_model("nanochat")
+    layers = hooked(model).rung.layers
+    widths = {"width": model.args.hidden_size}
+    gates = random_gates("shared", [layer.shape.n_kv_heads for layer in layers], **widths)
+    path = files.save(tmp_path / "gates", gates, model, Card("retention"))
+    kvp.detach(model)
+    assert files.fingerprint(model)
+    model.set_dtype(mx.float16)
+    kvp.attach(model, policy="window", budget=200, quiet=True)
+    kvp.make_cache(model, "retention", 200, gates=str(path))
+    kvp.detach(model)
+    other = gated_model("nanochat", seed=1)
+    with pytest.raises(ValueError, match=r"belongs to another model; got a model with another .*lengths"):
+        kvp.make_cache(other, "retention", 200, gates=str(path))
+    kvp.detach(other)

@@ -80,3 +80,28 @@ def test_many_are_told_in_the_same_words():
         names.append(sorted(map(len, alike.values())))
         assert all(len(set(same)) == len(same) for same in alike.values())
     assert np.mean([some[-1] for some in names]) > 3.5, "of ten facts"
+
+
+def test_texts_without_lines_are_not_all_their_beginning():
+    """Paragraphs of a corpus that has one a line."""
+    texts = Texts(Letters(), ((Document(TEXT),),), 0)
+    assert "\n" not in TEXT and len({tuple(texts.excerpt(n, 512)) for n in range(20)}) > 15
+    words = {"".join(map(chr, texts.excerpt(n, 512)))[:1] for n in range(20)}
+    assert len(words) > 1
+
+
+@pytest.mark.parametrize("chars", [2, 4, 9])
+def test_what_comes_back_does_so_within_what_is_read(chars):
+    """However many characters a token of the text has: the excerpt is cut to its length after facts were woven in."""
+    length, whole, back = 2048, 0, 0
+    for seed in range(10):
+        found = recall.woven(np.random.default_rng(seed), TEXT * 2, length, chars)
+        end = 0.0
+        for part in re.split(r"(Sentence \d+ says nothing new\.)", found):
+            end += len(part) / (chars if "Sentence" in part else recall.CHARS)
+            if end > length:
+                break
+        read = found[: found.index(part) if end > length else None].replace("Mr.", "Mr").replace("Mrs.", "Mrs")
+        for n in Counter(told(read.replace("Dr.", "Dr"))).values():
+            whole, back = whole + 1, back + (n > 1)
+    assert back > 0.8 * whole > 0
