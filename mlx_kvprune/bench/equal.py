@@ -18,13 +18,13 @@ def equal_length(
     model: Any, slots: int, variants: list[str], rounds: int, say: Callable[[str], None], tokens: int = 8
 ) -> dict[str, Any]:
     """Milliseconds per decoded token in mlx-lm's own loop with ``slots`` tokens held, in turn; keys are random."""
-    widths = _widths(model)
+    widths, dtype = _widths(model), _dtype(model)
     runs: dict[str, list[Any]] = {
         "stock": make_cache(model, "full"),
         **{v: made(model, v, slots + 1024) for v in variants},
     }
     for cache in runs.values():
-        _fill(cache, widths, slots)
+        _fill(cache, widths, slots, dtype)
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, cache in runs.items():
@@ -48,12 +48,19 @@ def _widths(model: Any) -> list[tuple[int, int, int]]:
     return [(s.n_kv_heads, s.key_dim, s.value_dim) for s in shapes]
 
 
-def _fill(caches: list[Any], widths: list[tuple[int, int, int]], slots: int) -> None:
+def _dtype(model: Any) -> Any:
+    """That of the keys and values that the model makes."""
+    cache = make_cache(model, "full")
+    model(mx.array([[0]]), cache=cache)
+    return leaves(cache)[0].state[0].dtype
+
+
+def _fill(caches: list[Any], widths: list[tuple[int, int, int]], slots: int, dtype: Any) -> None:
     """Put random keys and values into every layer, as a prompt would."""
     for cache, (heads, key_dim, value_dim) in zip(leaves(caches), widths, strict=True):
         for start in range(0, slots, SLICE):
             n = min(SLICE, slots - start)
-            keys, values = mx.random.normal((1, heads, n, key_dim)), mx.random.normal((1, heads, n, value_dim))
+            keys, values = (mx.random.normal((1, heads, n, d)).astype(dtype) for d in (key_dim, value_dim))
             handle, _ = cache.update_and_fetch(keys, values)
             if pruned([cache]):
                 for _ in cache.write_blocks(handle):

@@ -80,7 +80,8 @@ Tokens = Annotated[
     _option("--tokens", panel=TEXT, metavar="N", min=1, help="Of a text, a multiple of 256. Default: 2048."),
 ]
 Memory = Annotated[
-    float, _option("--memory", panel=TEXT, metavar="GB", min=0.001, help="The most that texts take; fewer are held.")
+    float,
+    _option("--memory", panel=TEXT, metavar="GB", min=0.001, max=1e6, help="The most that texts take; fewer are held."),
 ]
 Steps = Annotated[int | None, _option("--steps", panel=HOW, metavar="N", min=1, help="Of distillation. Default: 600.")]
 Minutes = Annotated[
