@@ -25,6 +25,7 @@ from mlx_kvprune.session import end_turn
 from mlx_kvprune.template import after_answer
 
 TOLD, TURNS = 10, 20
+NEXT = "And now?"
 THANKS = "Thank you, I will remember that."
 TALK = (
     ("What is a glacier?", "A glacier is a slow river of ice that forms where more snow falls than melts."),
@@ -104,7 +105,7 @@ def steps(tokenizer: Any, turns: Sequence[tuple[str, str]], ask: str = "") -> li
 def read(job: Job, turns: Sequence[tuple[str, str]], caches: list[Any]) -> int:
     """Read a conversation turn by turn; returns how many tokens it has."""
     n = 0
-    for tokens in steps(job.tokenizer, turns):
+    for tokens in steps(job.tokenizer, turns, NEXT)[:-1]:  # cut as they are where something is asked
         feed(job.model, tokens, caches)
         end_turn(caches)
         n += len(tokens)
@@ -148,7 +149,7 @@ def _start(job: Job, ask: Ask) -> str:
 
 def length(job: Job) -> int:
     """Tokens of the first conversation."""
-    return sum(map(len, steps(job.tokenizer, items(job)[0].turns)))
+    return sum(map(len, steps(job.tokenizer, items(job)[0].turns, NEXT)[:-1]))
 
 
 def work(job: Job, item: Conversation, conditions: Sequence[Condition]) -> int:
