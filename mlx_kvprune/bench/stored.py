@@ -20,7 +20,9 @@ HEAD = """
 ## Speed and memory
 
 All caches of a run read the same pieces of one text in turn, and decode in turn, so that a ratio compares times of the same
-minutes: the median, in brackets the least and the most. `held MB` is the most that the cache ever held.
+minutes: the median, in brackets the least and the most. `held MB` is the most that the cache ever held; `peak MB` is of
+prefill, after the longest text of decoding, too. `llama.cpp`, where it took part, computes with the GGUF's own weights and a
+cache in float16: fewer bytes, and less exact.
 """
 
 
