@@ -125,18 +125,19 @@ def settings_for(settings: CacheSettings, prompt: Prompt) -> CacheSettings:
 
 
 def settings_to_read(
-    model: nn.Module, settings: CacheSettings, prompt: Prompt, max_tokens: int, where: str
+    model: nn.Module, settings: CacheSettings, prompt: Prompt, max_tokens: int, where: str, spare: int = 0
 ) -> CacheSettings:
     """``settings_for`` with positions decided, for a document of this length.
 
     Args:
         max_tokens: the longest answer.
         where: names the verb in an error.
+        spare: tokens that another question is longer.
 
     Raises:
         ValueError: the text is too long, or the budget has no room for what stands before it.
     """
-    chosen = settings_for(placed(model, settings, prompt.n_tokens, max_tokens, where), prompt)
+    chosen = settings_for(placed(model, settings, prompt.n_tokens + spare, max_tokens, where), prompt)
     if chosen.budget.tokens is not None and settings.policy != "full" and chosen.budget.tokens < chosen.smallest_budget:
         raise ValueError(
             f"[{where}] the budget has no room for the {chosen.n_sink} tokens before the text, which are pinned, beside a "
@@ -195,16 +196,18 @@ def read_into_cache(
     pinned: bool,
     step: int = 512,
     max_tokens: int = 0,
+    spare: int = 0,
     progress: Progress | None = None,
 ) -> Reading:
     """Read a document into a bounded cache (the model must be attached).
 
     Args:
         question: the one question, which is pinned and probes; or the first of several with ``pinned=False``.
+        spare: tokens that the longest of several is longer.
     """
     assert attachment_of(model) is not None
     prompt = prompt_for(tokenizer, document, question, pinned=pinned)
-    cache = make_from_settings(model, settings_to_read(model, settings, prompt, max_tokens, "ask"))
+    cache = make_from_settings(model, settings_to_read(model, settings, prompt, max_tokens, "ask", spare))
     start = time.perf_counter()
     prefill(model, prompt.before + prompt.document, cache, step=step, progress=progress)
     return Reading(prompt, cache, time.perf_counter() - start)

@@ -7,6 +7,7 @@ import mlx_kvprune
 
 ORDER = [
     "places",
+    "template",
     "reasons",
     "blas",
     "settings",

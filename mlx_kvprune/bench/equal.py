@@ -52,7 +52,7 @@ def _dtype(model: Any) -> Any:
     """That of the keys and values that the model makes."""
     cache = make_cache(model, "full")
     model(mx.array([[0]]), cache=cache)
-    return leaves(cache)[0].state[0].dtype
+    return next(iter(leaves(cache))).state[0].dtype
 
 
 def _fill(caches: list[Any], widths: list[tuple[int, int, int]], slots: int, dtype: Any) -> None:

@@ -138,7 +138,7 @@ class _Asking:
         self.settings, self.sampling, self.silent = settings, sampling, silent
         self.for_each = knows_question(settings.policy) or len(questions) == 1
         self.reread, self.pinned = reread, self.for_each and not reread
-        self.spare = 0
+        self.spare = 0  # tokens that the longest question is longer than the first
         self.answers: list[Any] = []
         self.reports: list[Any] = []
         self.prompt_tokens, self.first_seconds = 0, 0.0  # of the first question
@@ -162,12 +162,8 @@ class _Asking:
             self.spare = max(len(prompt.after) for prompt in prompts) - len(prompts[0].after)
             prompts = prompts[:1]
         for prompt in prompts:
-            make_from_settings(self.model, settings_to_read(self.model, self.settings, prompt, self._room, "ask"))
-
-    @property
-    def _room(self) -> int:
-        """Tokens that may come after the first question's: those of a longer one, and of the answer."""
-        return self.spare + self.sampling.max_tokens
+            more = self.sampling.max_tokens, "ask", self.spare
+            make_from_settings(self.model, settings_to_read(self.model, self.settings, prompt, *more))
 
     def run(self, label: bool) -> None:
         """Read, then answer each question; ``label`` says which policy is speaking."""
@@ -210,7 +206,8 @@ class _Asking:
                 self.settings,
                 pinned=self.pinned,
                 step=self.sampling.prefill_step_size,
-                max_tokens=self._room,
+                max_tokens=self.sampling.max_tokens,
+                spare=self.spare,
                 progress=show,
             )
             if self.reread:
@@ -220,7 +217,7 @@ class _Asking:
                     self.tokenizer,
                     first,
                     step=self.sampling.prefill_step_size,
-                    max_tokens=self.sampling.max_tokens,
+                    max_tokens=self.sampling.max_tokens + self.spare,
                     progress=functools.partial(show, what="reading again"),
                 )
         if self.reread and self.reading is first and any(cache.evicted for cache in pruned(first.cache)):

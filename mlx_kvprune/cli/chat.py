@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import traceback
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -77,19 +78,28 @@ def converse(chat: Chat) -> None:
     """Read and answer until the user leaves."""
     from mlx_kvprune.cli import commands, output
     from mlx_kvprune.cli.lines import reader
-    from mlx_kvprune.cli.main import explain
+    from mlx_kvprune.cli.main import DEBUG, explain
 
     read = reader(list(commands.COMMANDS))
     while True:
         try:
-            handle(chat, read())
+            line = read()
         except EOFError:
             return
         except KeyboardInterrupt:
             output.say("\nCtrl-D or /quit leaves")
+            continue
+        try:
+            handle(chat, line)
+        except EOFError:
+            return
+        except KeyboardInterrupt:
+            output.say(f"\nstopped at once{commands.left(chat)}")
         except BrokenPipeError:
             raise
         except Exception as error:  # whatever it is, the conversation goes on
+            if DEBUG.get():
+                traceback.print_exc()
             output.say(explain(error)[0], "yellow")
 
 

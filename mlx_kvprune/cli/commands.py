@@ -70,7 +70,8 @@ def rewind(chat: Chat, rest: str) -> None:
         exact = chat.talk.rewind(stop)
     chat.last = None
     again = "was read again" if _read_all(chat) else "is read again"
-    how = "trimmed from the cache, exactly" if exact else f"tokens had been evicted, so the history {again}"
+    how = "trimmed from the cache, exactly" if _read_all(chat) else "it was not in the cache"
+    how = how if exact else f"tokens had been evicted, so the history {again}"
     output.say(f"took back the last exchange ({how}); {len(chat.talk.marks)} left")
     _say_rest(chat)
 
@@ -149,10 +150,15 @@ def _read_all(chat: Chat) -> bool:
     return chat.talk.seen == len(chat.talk.tokens)
 
 
-def _say_rest(chat: Chat) -> None:
+def left(chat: Chat) -> str:
+    """What is still to be read, if anything."""
     rest = len(chat.talk.tokens) - chat.talk.seen
-    if rest:
-        output.say(f"stopped; the other {rest:,} tokens go in with your next message")
+    return f"; the other {rest:,} tokens go in with your next message" if rest else ""
+
+
+def _say_rest(chat: Chat) -> None:
+    if rest := left(chat):
+        output.say(f"stopped{rest}")
 
 
 def _unquoted(path: str) -> str:

@@ -48,8 +48,8 @@ def generate(
     """
     settings = settings_unasked(decided(cache, model.model), sampling.seed)
     text = read_prompt(prompt)
-    loaded, tokenizer = load(model)
     system_prompt = readable(system_prompt, "system-prompt") if system_prompt is not None else None
+    loaded, tokenizer = load(model)
     tokens = encode(tokenizer, text, system_prompt, ignore_chat_template)
     run_one(loaded, tokenizer, tokens, settings, sampling, model.model, json)
 

@@ -6,6 +6,7 @@ import difflib
 import os
 import sys
 import traceback
+from contextvars import ContextVar
 from typing import Annotated, Any
 
 import typer
@@ -13,6 +14,7 @@ import typer
 from mlx_kvprune.cli import ask, bench, chat, doctor, eval, exec_, fit, gates, generate, inspect, models_, policies
 
 PROGRAM = "mlx-kvprune"
+DEBUG = ContextVar("debug", default=False)  # whether tracebacks are wanted
 USAGE, FAILURE, INTERRUPTED, BROKEN_PIPE = 2, 1, 130, 141
 MODELS, USE, MEASURE, TRAIN, LOOK = "Models", "Use", "Measure", "Train", "Look"
 EPILOG = """Examples:
@@ -82,6 +84,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run the command line; returns the exit code. No traceback unless ``--debug``."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it warns of lengths that we check ourselves
     words, debug = split_debug(sys.argv[1:] if arguments is None else arguments)
+    DEBUG.set(debug)
     _tolerant_output()
     try:
         code = typer.main.get_command(app).main(args=words, prog_name=PROGRAM, standalone_mode=False)

@@ -36,7 +36,7 @@ def _length(tokenizer: Any, text: str) -> int:
 
 
 def _cut(tokenizer: Any, sentence: str) -> list[str]:
-    """A sentence, or pieces of it with as many characters each, between words where there are some."""
+    """A sentence, or halves of its words (or characters) until they are short enough."""
     n, words = _length(tokenizer, sentence), sentence.split(" ")
     if n <= LONGEST or len(sentence) == 1:
         return [sentence]

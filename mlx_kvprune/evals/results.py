@@ -35,7 +35,8 @@ day, the machine and the versions.
   slots: what a policy remembers beside its slots is paid for in slots, and at 4 bits more slots fit. `kv MB` is the most that
   was held, everything counted.
 - KL is from the full cache's prediction, in nats a token, over the second half of the text (whole blocks of 32
-  predictions); in brackets 95% intervals of a bootstrap over these. *KL over window's*: the difference on the same tokens, which is known better than either.
+  predictions; the columns by distance are of all predictions); in brackets 95% intervals of a bootstrap over these.
+  *KL over window's*: the difference on the same tokens, which is known better than either.
 - Answers are exact if every token was the model's first choice; log p is the answer's, in nats;
   *against full's*: minus that of the full cache for the same questions. In `turns`, where so small a model seldom says
   the word even with the full cache (*first choice*), a question counts as answered if the word is likelier than with the full
@@ -49,9 +50,9 @@ day, the machine and the versions.
 - A condition that has no room at a budget, beside sinks, window and block and what its policy remembers, is left out; under a
   table stands which. Allocators other than a policy's own were measured for `tova` alone.
 - `window` (sinks and the newest tokens) and `random` are controls. `retention` asks learned gates (docs/gates.md), whose own
-  bytes are not in `kv MB` but beside it (`gates MB`, where the run noted them; half of that in the file). Training did not see these texts; at
-  `aesop-fables` gates were looked at while they trained, and `mansfield-park` was looked at to say how long a block of
-  `global` may be.
+  bytes are not in `kv MB` but beside it (`gates MB`, where the run noted them; half of that in the file). Training did not see
+  these texts; at `aesop-fables` gates were looked at while they trained, and `mansfield-park` was looked at to say how long a
+  block of `global` may be.
 - The defaults that follow: `retention` where gates come along; without gates `window`, for no untrained policy is better
   everywhere and on both models ([LOG.md](../LOG.md), 2026-11-29); `probe` for `ask` with one question.
 """

@@ -19,8 +19,9 @@ import numpy as np
 EVERY = 200  # tokens of text to a fact
 ALIKE = 5  # facts in the same words, at most
 NEAREST = 0.08  # share of the text between a fact and its first return
+LAST = 0.95  # share of the text within which facts come back: a little of its end may not be read
 BREAK = re.compile(r"(?<=[.!?;:])\s+|\n+")
-CHARS = 4  # of a token of a fact, about
+CHARS = 3.3  # of a token of a fact, about: numbers and names
 ROOM = 1.05  # an excerpt is cut to its length: a little more is made than is read
 
 
@@ -101,7 +102,7 @@ RETURNS = (
 )
 
 
-def woven(rng: np.random.Generator, text: str, length: int, chars: float = CHARS) -> str:
+def woven(rng: np.random.Generator, text: str, length: int, chars: float = 4.0) -> str:
     """The text with a fact to every ``EVERY`` of its ``length`` tokens, each of which comes back later.
 
     Args:
@@ -115,7 +116,7 @@ def woven(rng: np.random.Generator, text: str, length: int, chars: float = CHARS
         first = float(rng.uniform(0.0, 0.85))
         placed.append((first, f" {told} "))
         for _ in range(int(rng.integers(1, 4))):
-            later = float(rng.uniform(min(first + NEAREST, 0.98), 1.0))
+            later = float(rng.uniform(min(first + NEAREST, LAST - 0.02), LAST))
             placed.append((later, str(rng.choice(RETURNS)).format(question=question.format(who=who), told=told)))
     room = ROOM * length - sum(len(some) for _, some in placed) / CHARS
     text = text[: max(0, int(chars * room))]

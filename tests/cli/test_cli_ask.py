@@ -210,3 +210,13 @@ def test_the_longest_question_decides_what_fits(short, tmp_path):
     first, swapped = run(*ask, *questions), run(*ask, *questions[2:], *questions[:2])
     assert first.returncode == swapped.returncode == 2
     assert "the limit is 300" in first.stderr and "the limit is 300" in swapped.stderr
+
+
+def test_the_advice_counts_the_longest_question(short, tmp_path):
+    (tmp_path / "short.txt").write_text("A lion woke. ")
+    ask = ["ask", str(tmp_path / "short.txt"), "--model", str(short), "--policy", "full"]
+    ask += ["-q", "Who?", "-q", "Who was it that woke?"]
+    refused = run(*ask, "--max-tokens", "200")
+    assert refused.returncode == 2, refused.stderr
+    advised = re.search(r"--max-tokens (\d+) or less", refused.stderr)[1]
+    assert run(*ask, "--max-tokens", advised).returncode == 0

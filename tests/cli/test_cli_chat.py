@@ -245,3 +245,19 @@ def test_what_is_no_text_takes_no_other_line_with_it(tiny, monkeypatch):
     done = subprocess.run(["bash", "-c", script], env=ENVIRONMENT, capture_output=True, text=True, check=False)
     assert done.returncode == 0 and len(done.stdout.splitlines()) == 2
     assert "[chat] not text" in done.stderr
+
+
+def test_debug_shows_tracebacks_in_a_chat_too(tiny):
+    chat = ("chat", "--model", str(tiny), "-m", "5")
+    for more, wanted in ((), False), (("--debug",), True):
+        done = run(*chat, *more, stdin="Hello\n/save /proc/none/x\n/stats\n")
+        assert done.returncode == 0 and "1 exchanges" in done.stderr
+        assert ("Traceback" in done.stderr) == wanted
+
+
+def test_a_standard_input_that_cannot_be_read_ends_it(tiny, tmp_path):
+    """And is not asked again for ever."""
+    command = [sys.executable, "-m", "mlx_kvprune", "chat", "--model", str(tiny)]
+    with (tmp_path / "out").open("w") as unreadable:
+        done = subprocess.run(command, stdin=unreadable, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) < 5
