@@ -265,7 +265,9 @@ def test_going_on_from_gates_on_other_texts(tiny, book, tmp_path, capsys):
     )  # they were moved by it first
     moved = {name: other[name] - one[name] - level * name.endswith(".bias") for name in one}
     far = [float(mx.abs(x).max() / mx.abs(one[name]).max()) for name, x in moved.items()]
-    assert 0 < max(far) < 0.1, "a few steps do not lead far"
+    assert card.settings["steps_done"] == 4 and max(far) < 0.1, (
+        "a few steps do not lead far, and the start may be the best"
+    )
     no_model = arguments(tmp_path, book, tmp_path / "x", *words, "--form", "mlp")  # it is refused before one is loaded
     code, _, stderr = call(capsys, *no_model)
     assert code == 2 and re.search(r"\[start\] gates of another form; got shared; try --form shared", stderr)
