@@ -1,6 +1,7 @@
 """Reading files, and what a prompt is made of."""
 
 import io
+from types import SimpleNamespace
 
 import mlx.core as mx
 import numpy as np
@@ -155,3 +156,27 @@ def test_the_block_leaves_room_for_what_is_pinned(policy, pinned):
         assert (settings.smallest_budget <= budget) == (least <= budget), (budget, settings.block)
     asked = settings_for(settings_from(policy=policy, budget=2048, block=64), prompt)
     assert asked.block == 64, "a block that was asked for stays"
+
+
+class Page:
+    def extract_text(self):
+        return "broken \ud835 map"
+
+
+class Locked:
+    is_encrypted = True
+
+    @property
+    def pages(self):
+        raise RuntimeError("File has not been decrypted")
+
+
+def test_a_pdf_with_broken_characters_and_one_with_a_password(tmp_path, monkeypatch):
+    pypdf = pytest.importorskip("pypdf")
+    path = tmp_path / "a.pdf"
+    path.write_bytes(b"%PDF-1.7 ...")
+    monkeypatch.setattr(pypdf, "PdfReader", lambda data: SimpleNamespace(is_encrypted=False, pages=[Page()]))
+    assert read(path).encode() and read(path).startswith("broken ")
+    monkeypatch.setattr(pypdf, "PdfReader", lambda data: Locked())
+    with pytest.raises(ValueError, match=r"asks for a password; got File has not been decrypted; try"):
+        read(path)
