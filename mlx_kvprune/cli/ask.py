@@ -157,13 +157,13 @@ class _Asking:
 
         if attachment_of(self.model) is None:
             attach(self.model, policy="window", budget=None, quiet=True)
-        prompts = [prompt_for(self.tokenizer, self.text, question, pinned=self.pinned) for question in self.questions]
+        lengths = [len(prompt_for(self.tokenizer, "", question, pinned=False).after) for question in self.questions]
         if not self.for_each:  # all are asked of what is read for the first
-            self.spare = max(len(prompt.after) for prompt in prompts) - len(prompts[0].after)
-            prompts = prompts[:1]
-        for prompt in prompts:
-            more = self.sampling.max_tokens, "ask", self.spare
-            make_from_settings(self.model, settings_to_read(self.model, self.settings, prompt, *more))
+            self.spare = max(lengths) - lengths[0]
+        longest = self.questions[lengths.index(max(lengths))]
+        prompt = prompt_for(self.tokenizer, self.text, longest, pinned=self.pinned)
+        chosen = settings_to_read(self.model, self.settings, prompt, self.sampling.max_tokens, "ask")
+        make_from_settings(self.model, chosen)
 
     def run(self, label: bool) -> None:
         """Read, then answer each question; ``label`` says which policy is speaking."""

@@ -182,6 +182,16 @@ class Task:
         named = {**condition.describe(), **job.gates_of(condition)}
         return {"task": self.name, "item": number, **named, "setup": setup, "result": result}
 
+    def told(self, units: Sequence[Unit], gate_sizes: dict[str, int]) -> list[dict[str, Any]]:
+        """Rows of units, with what bounds the task; beside what is held, not in it, the bytes of gates.
+
+        Args:
+            gate_sizes: of the gates that are known, by what tells them apart.
+        """
+        bound = {"bound": self.bound} if self.bound else {}
+        beside = lambda row: {"gate_bytes": gate_sizes[which]} if (which := row.get("gate_id")) in gate_sizes else {}
+        return [{**row, **bound, **beside(row)} for row in self.rows(units)]
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -231,18 +241,9 @@ def rows(job: Job, task: Task, store: Store) -> list[dict[str, Any]]:
     """The task's rows; all of its units must be there."""
     some, n = task.conditions(job)[0], len(task.items(job))
     units = [store.of(task.unit(job, number, n, c)) for c in some for number in range(n)]
-    sizes = {_asks(c.policy, dict(c.more)): gate_bytes(job.model, c) for c in some}
-    gates = {who: size for who, size in sizes.items() if size}  # beside what is held, not in it
-    bound = {"bound": task.bound} if task.bound else {}
-    more = lambda row: bound | ({"gate_bytes": gates[who]} if (who := _asks(row["policy"], row)) in gates else {})
-    return [{**row, **more(row)} for row in task.rows([x for x in units if x])]
+    return task.told([x for x in units if x], gate_sizes(job, some))
 
 
 def gate_sizes(job: Job, some: Sequence[Condition]) -> dict[str, int]:
     """Bytes of the gates that the conditions ask, by what tells these apart."""
     return {found["gate_id"]: gate_bytes(job.model, c) for c in some if (found := job.gates_of(c))}
-
-
-def _asks(policy: str, more: dict[str, Any]) -> tuple[str, str]:
-    """Whose gates, and which."""
-    return policy, more.get("gates") or ""

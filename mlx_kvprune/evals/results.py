@@ -70,11 +70,8 @@ class Table:
 
     def rows(self) -> list[Row]:
         """The task's rows; beside what is held the bytes of the gates, where the runs know them."""
-        task = TASKS[self.task]
-        bound = {"bound": task.bound} if task.bound else {}
         sizes = {which: size for run in self.runs for which, size in run.get("gate_bytes", {}).items()}
-        beside = lambda row: {"gate_bytes": sizes[which]} if (which := row.get("gate_id")) in sizes else {}
-        return [{**row, **bound, **beside(row)} for row in task.rows(self.units)]
+        return TASKS[self.task].told(self.units, sizes)
 
 
 def read(paths: Sequence[Path]) -> list[Table]:
