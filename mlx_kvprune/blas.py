@@ -22,6 +22,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from mlx_kvprune.places import expand
+
 SHIM = """
 #define ARGS(T) int o, int ta, int tb, int m, int n, int k, T a, const T *A, int lda, const T *B, int ldb, T b, T *C, int ldc
 #define PASS o, ta, tb, m, n, k, a, A, lda, B, ldb, b, C, ldc
@@ -36,7 +38,7 @@ _loaded: str | None = None  # what preload() found; a process can only choose on
 def cache_dir() -> Path:
     """Where this package keeps what it can make again: ``$MLX_KVPRUNE_CACHE`` or ``~/.cache/mlx-kvprune``."""
     if chosen := os.environ.get("MLX_KVPRUNE_CACHE"):
-        return Path(chosen).expanduser()
+        return expand(chosen)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx-kvprune"
 
 

@@ -11,7 +11,6 @@ import difflib
 import hashlib
 import json
 import math
-import os
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,7 +23,7 @@ from mlx_kvprune import gguf
 from mlx_kvprune.blas import cache_dir
 from mlx_kvprune.fetch import Source, as_source, fetch, install, require_space, scratch, sha256
 from mlx_kvprune.gguf_reader import GGUF, read
-from mlx_kvprune.places import shipped
+from mlx_kvprune.places import expand, shipped
 from mlx_kvprune.progress import Bar, Progress
 from mlx_kvprune.reasons import first_line, of_hub
 
@@ -124,7 +123,7 @@ def pull(name: str | Path, *, dtype: str | None = None, progress: Progress | Non
         dtype = dtype or _default_dtype(card.own_dtype)
         get = partial(fetch, card.source, cache_dir() / "downloads", progress)
         return _made(_home(card.name, dtype), card.source.sha256, dtype, get, progress, thorough=True)
-    path = Path(os.path.expanduser(name))
+    path = expand(name)
     if path.is_file():
         return _from_file(path, dtype, progress)
     if str(name) and path.is_dir():
@@ -143,7 +142,7 @@ def _find(name: str | Path) -> ModelCard | None:
 
 def _locate(name: str | Path, dtype: str | None) -> Path:
     """The directory to load ``name`` from, made if it is not there yet."""
-    path = Path(os.path.expanduser(name))
+    path = expand(name)
     card = _find(name)
     if card is None and str(name) and path.is_dir():
         return path

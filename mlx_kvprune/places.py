@@ -15,6 +15,11 @@ def shipped(name: str) -> Path:
     return inside if inside.is_dir() else Path(__file__).parents[1] / name
 
 
+def expand(path: str | Path) -> Path:
+    """A user's path with ``~`` and ``~name`` replaced; the name of a user that is not known stays as it is."""
+    return Path(os.path.expanduser(path))
+
+
 @contextmanager
 def beside(path: Path) -> Iterator[Path]:
     """A path to write to in the same folder, with the same suffix; it takes the place of ``path`` if the block ends well."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from mlx_kvprune.bench.reading import Plan
 from mlx_kvprune.bench.rows import Row, ceiling_tps
+from mlx_kvprune.places import expand
 
 NAME = "llama.cpp"
 HALF = 2  # bytes of a number in its cache, as it comes
@@ -74,7 +75,7 @@ def gguf_of(model: str) -> Path | str:
     """The GGUF behind a model's name, or why llama.cpp cannot take part."""
     from mlx_kvprune.models import cache_dir, known_models
 
-    path = Path(os.path.expanduser(model))
+    path = expand(model)
     if path.suffix != ".gguf":
         card = next((card for card in known_models() if card.name == model), None)
         if card is None:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import difflib
-import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from mlx_kvprune.cli import output, saved
 from mlx_kvprune.cli.cache_options import check_budget, endless, fields_of
 from mlx_kvprune.cli.stream import Stop
+from mlx_kvprune.places import expand
 from mlx_kvprune.settings import CacheSettings
 
 if TYPE_CHECKING:
@@ -79,7 +79,7 @@ def rewind(chat: Chat, rest: str) -> None:
 def file(chat: Chat, rest: str) -> None:
     if not rest or rest == "-":
         raise ValueError("[file] which file; got none; try /file PATH")
-    text = _read(os.path.expanduser(_unquoted(rest)))
+    text = _read(str(expand(_unquoted(rest))))
     chat.talk._room(len(chat.talk.tokens) + len(chat.talk.following(chat.message(text))))
     chat.files.append(text)
     count = len(chat.talk.tokenizer.encode(text, add_special_tokens=False))

@@ -13,7 +13,7 @@ import typer
 
 from mlx_kvprune.cli.options import Json, ModelOptions, load, spread
 from mlx_kvprune.evals.presets import DEFAULTS, LENGTHS, chosen
-from mlx_kvprune.places import check_file
+from mlx_kvprune.places import check_file, expand
 
 if TYPE_CHECKING:
     from mlx_kvprune.evals.job import Grid, Job, Task, Tick
@@ -208,7 +208,7 @@ def eval_(
     pictures.check(plot)
     if plot is not None and not {task.name for task in some} - set(UNDRAWN):
         raise ValueError(f"[plot] nothing to draw; got --tasks {wanted['tasks']}; try it without --plot")
-    out = out.expanduser() if out is not None else None
+    out = expand(out) if out is not None else None
     if out is not None:
         check_file(out, "out")
     job = prepare(model, wanted, data or [], seed)

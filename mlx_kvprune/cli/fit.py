@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from mlx_kvprune.cli.options import Json, ModelOptions, load, spread
+from mlx_kvprune.places import expand
 
 if TYPE_CHECKING:
     from mlx_kvprune.training.fit import Fitted
@@ -301,7 +302,7 @@ def fit(
     from mlx_kvprune.training import fit as training
 
     plan = plan_of(model, how, text)
-    path = (out or Path(f"gates-{plan.method}.safetensors")).expanduser()
+    path = expand(out or f"gates-{plan.method}.safetensors")
     if path.is_dir():  # also the empty path
         raise ValueError(f"[out] a folder; got {str(path)!r}; try a file in it")
     path = path if path.suffix == ".safetensors" else path.with_name(f"{path.name}.safetensors")
@@ -342,7 +343,7 @@ def heat_of(text: str) -> tuple[float, float]:
 
 
 def _names(paths: list[Path] | None) -> tuple[str, ...]:
-    return tuple(str(path.expanduser()) for path in paths or ())
+    return tuple(str(expand(path)) for path in paths or ())
 
 
 def _check_plot(plot: Path | None, plan: Plan) -> None:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from mlx_kvprune.cli.options import Json, spread
+from mlx_kvprune.places import expand
 
 EPILOG = """Examples:
 
@@ -91,7 +92,7 @@ def cards_at(where: str) -> list[tuple[Path, Any]]:
     from mlx_kvprune.gates import hub
     from mlx_kvprune.gates.files import read_card
 
-    path = Path(where).expanduser()
+    path = expand(where)
     if not path.exists() and where in {card.name for card in models.known_models()}:
         path = models.models_dir() / where
     if path.is_file():

@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, is_dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import typer
+
+from mlx_kvprune.places import expand
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -178,7 +178,7 @@ def load(options: ModelOptions) -> tuple[nn.Module, TokenizerWrapper]:
     from mlx_kvprune import models
     from mlx_kvprune.cli.output import working
 
-    here = Path(os.path.expanduser(options.model)).is_dir() or any(
+    here = expand(options.model).is_dir() or any(
         card.name == options.model and card.on_disk for card in models.known_models()
     )
     with working(f"loading {options.model}") if here else nullcontext():

@@ -11,6 +11,7 @@ from typing import Any
 from mlx_kvprune import session_file
 from mlx_kvprune.attach import model_id
 from mlx_kvprune.cli.conversation import Conversation
+from mlx_kvprune.places import expand
 from mlx_kvprune.session import pack, unpack
 from mlx_kvprune.settings import CacheSettings
 
@@ -68,7 +69,7 @@ def _content(meta: dict[str, Any], place: Path) -> dict[str, Any]:
 
 
 def _place(path: str) -> Path:
-    place = Path(os.path.expanduser(path))  # leaves alone a user that is not known
+    place = expand(path)
     if os.path.isdir(place):  # asks nothing of a name that is too long
         raise ValueError(f"[cache-file] a folder; got {path!r}; try a file in it")
     return place if place.suffix == SUFFIX else place.with_name(place.name + SUFFIX)

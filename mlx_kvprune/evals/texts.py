@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlx_kvprune.places import expand
+
 SENTENCE_END = re.compile(r"(?<=[.!?])\s+|(?<=[.!?][\"'\u201d\u2019])\s+|(?<=[\u3002\uff01\uff1f])|\n\s*\n")
 SUFFIXES = (".txt", ".md", ".jsonl")
 TEXT_FIELDS = ("context", "text", "document", "passage", "prompt", "content", "input")
@@ -47,15 +49,15 @@ def loaded(paths: Sequence[str | Path] = ()) -> list[Document]:
     Raises:
         ValueError: no such file, another kind of file, or no text in it.
     """
-    return [document for path in (paths or [shipped()]) for document in _of_file(Path(path).expanduser())]
+    return [document for path in (paths or [shipped()]) for document in _of_file(expand(path))]
 
 
 def _of_file(path: Path) -> list[Document]:
     name = path.name.removesuffix(".gz")
     if Path(name).suffix not in SUFFIXES:
         raise ValueError(f"[data] not a known kind of text; got {path.name!r}; try {', '.join(SUFFIXES)} (or .gz)")
-    content = _read(path)
-    found = _lines(path, content) if name.endswith(".jsonl") else [Document(content, Path(name).stem)]
+    text = content(path)
+    found = _lines(path, text) if name.endswith(".jsonl") else [Document(text, Path(name).stem)]
     found = [document for document in found if document.text.strip()]
     if not found:
         raise ValueError(f"[data] no text in it; got {path}; try a file with some pages of text")
@@ -78,7 +80,12 @@ def shipped() -> Path:
     return found[0]
 
 
-def _read(path: Path) -> str:
+def content(path: Path) -> str:
+    """What a text file says, unpacked if it is a ``.gz``.
+
+    Raises:
+        ValueError: it cannot be read, or is not UTF-8.
+    """
     try:
         raw = path.read_bytes()
         return (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig")
@@ -87,8 +94,8 @@ def _read(path: Path) -> str:
         raise ValueError(f"[data] cannot read {path}; got {problem}; try another --data") from error
 
 
-def _lines(path: Path, content: str) -> list[Document]:
-    return [_document(path, i, line) for i, line in enumerate(content.split("\n"), 1) if line.strip()]
+def _lines(path: Path, text: str) -> list[Document]:
+    return [_document(path, i, line) for i, line in enumerate(text.split("\n"), 1) if line.strip()]
 
 
 def _document(path: Path, number: int, line: str) -> Document:

@@ -18,7 +18,7 @@ import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_kvprune.gates.modules import Gates, GateShape
-from mlx_kvprune.places import beside, shipped
+from mlx_kvprune.places import beside, expand, shipped
 from mlx_kvprune.settings import CacheSettings
 
 FORMAT = 1
@@ -101,7 +101,7 @@ def save(path: str | Path, gates: Gates, model: nn.Module, card: Card) -> Path:
     Returns:
         Where it is, with the suffix.
     """
-    path = Path(path).expanduser()
+    path = expand(path)
     path = path if path.name.endswith(SUFFIX) else path.with_name(path.name + SUFFIX)
     arrays = {name: x.astype(mx.float16) for name, x in gates.arrays().items()}
     arrays |= {OF_MODEL + name: x.astype(mx.bfloat16) for name, x in fingerprint(model).items()}
@@ -200,7 +200,7 @@ def located(where: str, *methods: str) -> Path:
     Raises:
         ValueError: there is no such thing.
     """
-    path = Path(where).expanduser()
+    path = expand(where)
     if path.is_file():
         return path
     if path.is_dir():

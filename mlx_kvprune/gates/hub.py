@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_kvprune.gates.files import SUFFIX, Card, read_card
+from mlx_kvprune.places import expand
 from mlx_kvprune.reasons import of_hub
 
 FILES = (f"gates*{SUFFIX}", "README.md")
@@ -51,7 +52,7 @@ def push(path: str | Path, repo: str, private: bool = False, *, model: str = "")
     """
     from huggingface_hub import HfApi
 
-    path = Path(path).expanduser()
+    path = expand(path)
     card, api, name = read_card(path), HfApi(), hub_name(path)
     _check(repo)
     with _errors("push to", repo, "`hf auth login` first, and a repository of your own"):
@@ -95,7 +96,7 @@ def readme(repo: str, cards: Sequence[tuple[str, Card]], model: str = "") -> str
 
 def _front(card: Card, model: str) -> list[str]:
     """YAML; strings as JSON, which YAML reads."""
-    named = card.model.count("/") == 1 and " " not in card.model and not Path(card.model).expanduser().exists()
+    named = card.model.count("/") == 1 and " " not in card.model and not expand(card.model).exists()
     base = model or (card.model if named else "")
     lines = ["---", "library_name: mlx"]
     lines += [f"license: {json.dumps(card.licence.lower())}"] if card.licence else []

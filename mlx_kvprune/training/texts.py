@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import re
 from collections.abc import Sequence
@@ -12,7 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from mlx_kvprune.evals.texts import CHARS_PER_TOKEN, Document, loaded, shipped
+from mlx_kvprune.evals.texts import CHARS_PER_TOKEN, Document, content, loaded, shipped
+from mlx_kvprune.places import expand
 from mlx_kvprune.training.recall import woven
 
 MANY = 10  # documents of a file, from which on whole ones are held out
@@ -94,15 +94,13 @@ def credits(paths: Sequence[str | Path]) -> tuple[str, ...]:
     """Files by name, with the licences that their lines name; the shipped document if there are none."""
     if not paths:
         return (f"{shipped().name} (public domain)",)
-    return tuple(dict.fromkeys(f"{Path(path).name} ({licence_of(Path(path).expanduser())})" for path in paths))
+    return tuple(dict.fromkeys(f"{Path(path).name} ({licence_of(expand(path))})" for path in paths))
 
 
 def licence_of(path: Path) -> str:
     """The licences in a JSONL file's ``licence`` fields."""
     if not path.name.removesuffix(".gz").endswith(".jsonl"):
         return "licence not known"
-    raw = path.read_bytes()
-    lines = (gzip.decompress(raw) if path.suffix == ".gz" else raw).decode("utf-8-sig").split("\n")
-    found = [json.loads(line) for line in lines if line.strip()]
+    found = [json.loads(line) for line in content(path).split("\n") if line.strip()]
     named = dict.fromkeys(str(x.get("licence") or x.get("license") or "licence not known") for x in found)
     return ", ".join(named)
