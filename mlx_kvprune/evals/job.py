@@ -82,8 +82,11 @@ class Job:
     answer_tokens: int = 256
     seed: int = 0
     about: dict[str, Any] = field(default_factory=dict)
-    _found: dict[int, tuple[list[Condition], list[str]]] = field(default_factory=dict, compare=False, repr=False)
-    _gates: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
+    _found: dict[int, tuple[list[Condition], list[str]]] = field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )
+    _gates: dict[str, str] = field(default_factory=dict, init=False, compare=False, repr=False)
+    _items: dict[str, Sequence[Any]] = field(default_factory=dict, init=False, compare=False, repr=False)
 
     @property
     def plain(self) -> list[str]:
@@ -95,6 +98,12 @@ class Job:
         if length not in self._found:
             self._found[length] = self._settled(self.grid.conditions(length, self.seed))
         return self._found[length]
+
+    def items(self, task: Task) -> Sequence[Any]:
+        """What a task measures here; made once."""
+        if task.name not in self._items:
+            self._items[task.name] = task.items(self)
+        return self._items[task.name]
 
     def gates_of(self, condition: Condition) -> dict[str, str]:
         """What tells apart the gates that a condition asks, if it asks some: stored results of others do not count."""
@@ -207,7 +216,7 @@ class Piece:
 def pieces(job: Job, tasks: Sequence[Task], store: Store) -> Iterator[Piece]:
     """What is left to do."""
     for task in tasks:
-        some, items = task.conditions(job)[0], task.items(job)
+        some, items = task.conditions(job)[0], job.items(task)
         for number, item in enumerate(items):
             missing = [c for c in some if task.unit(job, number, len(items), c) not in store]
             if missing:
@@ -222,7 +231,7 @@ def check(job: Job, tasks: Sequence[Task]) -> None:
     """
     for task in tasks:
         task.check(job)
-        task.items(job)
+        job.items(task)
 
 
 def left(job: Job, tasks: Sequence[Task], store: Store) -> int:
@@ -239,7 +248,7 @@ def run(job: Job, tasks: Sequence[Task], store: Store, tick: Tick) -> None:
 
 def rows(job: Job, task: Task, store: Store) -> list[dict[str, Any]]:
     """The task's rows; all of its units must be there."""
-    some, n = task.conditions(job)[0], len(task.items(job))
+    some, n = task.conditions(job)[0], len(job.items(task))
     units = [store.of(task.unit(job, number, n, c)) for c in some for number in range(n)]
     return task.told([x for x in units if x], gate_sizes(job, some))
 
