@@ -47,6 +47,7 @@ VARIANTS = (
     Variant("uniform: a budget for each head", {"scope": "head"}),
     Variant("a threshold instead of decay", {"target": "budget"}),
     Variant("decay without capacity loss", {"target": "decay", "capacity": 0.0}),
+    Variant("decay without the next token's loss", {"target": "decay", "surprisal": 0.0}),
 )
 
 

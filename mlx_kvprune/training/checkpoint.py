@@ -23,7 +23,7 @@ class Progress:
 
     Attributes:
         done: steps.
-        best: KL of the best gates on held-out texts, mean over shares; infinite before the first look.
+        best: KL of the best gates on held-out texts, geometric mean over shares; infinite before the first look.
         stale: looks since then.
         seconds: that the training took so far.
         curve: KL of each step of training.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -133,6 +134,11 @@ def fit(
     if restart:
         checkpoint.place(out).unlink(missing_ok=True)
     return _Training(model, tokenizer, plan, out, watch, minutes).run()
+
+
+def typical(kls: Iterable[float]) -> float:
+    """The geometric mean: a share at which hardly anything fits must not decide alone which gates are the best."""
+    return float(np.exp(np.mean([np.log(max(kl, 1e-9)) for kl in kls])))
 
 
 class _Training:
@@ -267,7 +273,7 @@ class _Training:
 
     def _look(self, distiller: Distiller, progress: Progress) -> None:
         kls = distiller.held_out(self.held)
-        mean = float(np.mean(list(kls.values())))
+        mean = typical(kls.values())
         progress.checks.append([progress.done, {share: round(kl, 5) for share, kl in kls.items()}])
         objective, recipe = OBJECTIVES[distiller.recipe.target], distiller.recipe
         settled = progress.done >= objective.settled * recipe.steps
