@@ -15,8 +15,8 @@ import numpy as np
 from mlx_kvprune.attach import gates_of, hooked, make_cache, settings_from
 from mlx_kvprune.documents import prefill
 from mlx_kvprune.forward import leaves
-from mlx_kvprune.gates.files import threshold_of
-from mlx_kvprune.policy import POLICIES, find, knows_question
+from mlx_kvprune.gates.files import method_at, threshold_of
+from mlx_kvprune.policy import POLICIES, Policy, find, knows_question
 from mlx_kvprune.report import CacheReport, report
 from mlx_kvprune.settings import Budget
 
@@ -119,14 +119,16 @@ def grid(
     for_policies = {"local_layers": local_layers} if local_layers else {}
     places = [{"gates": place} for place in gates] or [{}]
 
+    def least(policy: Policy, place: str) -> dict[str, float]:
+        if not threshold or not policy.drops or (len(places) > 1 and method_at(place, policy.gates) != policy.gates):
+            return {}  # with gates of another method it is left out later
+        return {"threshold": threshold_of(threshold, place, policy.gates)}
+
     def own(name: str) -> list[dict[str, Any]]:
         local, policy = {} if name in CONTROLS else for_policies, find(name)
-        least = lambda place: (
-            {"threshold": threshold_of(threshold, place.get("gates", ""), policy.gates)}
-            if threshold and policy.drops
-            else {}
-        )
-        return [{**local, **place, **least(place)} for place in (places if policy.gates else [{}])]
+        return [
+            {**local, **place, **least(policy, place.get("gates", ""))} for place in (places if policy.gates else [{}])
+        ]
 
     wanted = [
         Condition(name, budget, seed, _settings(name, allocator, width, {**more, **mine}), share)
@@ -205,10 +207,14 @@ def possible(model: nn.Module, conditions: Iterable[Condition]) -> tuple[list[Co
 
 
 def with_gates(model: nn.Module, conditions: Iterable[Condition]) -> tuple[list[Condition], list[str]]:
-    """The conditions whose gates, if they need any, this model has; one note for each policy whose gates it lacks."""
+    """The conditions whose gates, if they need any, this model has; one note for each policy whose gates it lacks.
+
+    Of several files each is tried with each policy: that one serves another policy, which has what it needs, is no news.
+    """
     kept, missing = [], {}
+    place = lambda condition: dict(condition.more).get("gates", "")
     for condition in conditions:
-        asked = condition.policy, dict(condition.more).get("gates", "")
+        asked = condition.policy, place(condition)
         try:
             if asked not in missing:
                 gate_bytes(model, condition)
@@ -216,7 +222,8 @@ def with_gates(model: nn.Module, conditions: Iterable[Condition]) -> tuple[list[
             missing[asked] = f"{condition.policy} skipped: {error}"
         if asked not in missing:
             kept.append(condition)
-    return kept, list(missing.values())
+    served, used = {c.policy for c in kept}, {place(c) for c in kept}
+    return kept, [note for (policy, where), note in missing.items() if policy not in served or where not in used]
 
 
 def gate_id(model: nn.Module, condition: Condition) -> str:

@@ -212,6 +212,11 @@ def located(where: str, *methods: str) -> Path:
     raise ValueError(f"[gates] no such file or repository; got {where!r}; try a path, or owner/name on the hub")
 
 
+def method_at(where: str, method: str) -> str:
+    """Which method the gates at ``where`` are for; of several, those for ``method``."""
+    return read_card(located(where, method)).method
+
+
 def threshold_of(text: str, where: str, method: str) -> float:
     """A threshold that was given as a number, or as the share of tokens that it keeps by the card of the gates at ``where``,
     or of those that come along.

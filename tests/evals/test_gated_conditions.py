@@ -131,6 +131,32 @@ def test_several_places_of_gates_are_compared_and_told_apart(model, tmp_path):
     assert len(notes) == 1 and "no such file or repository" in notes[0]
 
 
+def test_several_files_each_for_one_policy(model, tmp_path):
+    """That a file serves another policy is no news; that it serves nobody is."""
+    width, heads = model.args.hidden_size, [2] * len(model.layers)
+    files = {
+        method: str(
+            save(tmp_path / method, random_gates("mlp", heads, width=width), model, Card(method, thresholds=sizes))
+        )
+        for method, sizes in (("retention", {}), ("spkv", {"1/4": 0.7}), ("kvzap", {"1/4": -2.5}), ("fastkvzip", {}))
+    }
+    three = tuple(files[method] for method in ("retention", "spkv", "kvzap"))
+    named = lambda found: {(c.policy, Path(dict(c.more)["gates"]).name[:-12]) for c in found if "gates" in dict(c.more)}
+    found, notes = Job(model, None, [], Grid(("retention", "spkv", "kvzap"), ("400",), gates=three)).conditions(700)
+    assert named(found) == {("retention", "retention"), ("spkv", "spkv"), ("kvzap", "kvzap")}
+    assert notes == []
+    four = (*three, files["fastkvzip"])
+    found, notes = Job(model, None, [], Grid(("retention", "spkv"), ("400",), gates=four)).conditions(700)
+    assert named(found) == {("retention", "retention"), ("spkv", "spkv")}
+    assert len(notes) == 4 and all("kvzip" in note or "kvzap" in note for note in notes), (
+        "two files that nobody took, tried twice"
+    )
+    thresholds = Grid(("retention", "spkv", "kvzap"), ("400",), gates=three, threshold="1/4")
+    found, notes = Job(model, None, [], thresholds).conditions(700)
+    assert named(found) == {("retention", "retention"), ("spkv", "spkv"), ("kvzap", "kvzap")} and not notes
+    assert {dict(c.more).get("threshold") for c in found} == {None, 0.7, -2.5}
+
+
 def test_a_threshold_is_for_the_policies_that_drop(tmp_path):
     model = tiny_model("llama")
     try:
