@@ -1,22 +1,21 @@
 """Dynamic memory sparsification: a token is evicted where its gate's number is positive, a window later (arXiv 2506.05345).
 
-Training draws ``z = gate + logistic noise``; a token goes where ``z > 0``, and the gradient is that of
-``log(1 - sigmoid(z / heat))`` (Gumbel-sigmoid, straight-through). The share that goes is led along ``1 - 1 / c``, with ``c``
-from 1 to ``Recipe.compression``.
+Training draws ``z = gate + logistic noise``. A token's logits fall by ``log(1 - sigmoid(z / heat))`` (Gumbel-sigmoid), which
+leaves it a little weight, so that what goes can come back; it counts as gone where ``z > 0`` (straight-through). The share that
+goes is led along ``1 - 1 / c``, with ``c`` from 1 to ``Recipe.compression``. The heat is 0.3, where the paper has 0.1.
 """
 
 from __future__ import annotations
 
 import mlx.core as mx
 
-from mlx_kvprune.numerics import log_sigmoid
 from mlx_kvprune.training.bias import Bias
 from mlx_kvprune.training.objective import dropped_biases, outside
 from mlx_kvprune.training.objectives.base import Raws
 from mlx_kvprune.training.recipe import Example, Recipe, ramp
 
 HEAT = 0.3
-GONE = -30.0  # bias of what is evicted
+EPS = 1e-4  # above what ``student`` leaves out: what is evicted learns as if it were there
 LED = 0.8  # share of the training after which the compression is what was asked for
 
 
@@ -28,16 +27,16 @@ def noisy(raws: Raws, recipe: Recipe, step: int) -> list[mx.array]:
 
 
 def biases(raws: Raws, example: Example, recipe: Recipe, step: int) -> list[Bias]:
-    """Nothing, or minus much, for keys older than the window."""
-    drops = []
-    for z in noisy(raws, recipe, step):
-        soft = log_sigmoid(-z / HEAT)
-        drops.append(mx.stop_gradient(mx.where(z > 0, GONE, 0.0) - soft) + soft)
+    """``log(1 - sigmoid(z / heat))`` for keys older than the window."""
+    drops = [mx.log(mx.sigmoid(-z / HEAT) + EPS) for z in noisy(raws, recipe, step)]
     return dropped_biases(drops, example.start, example.length, example.bounds)
 
 
 def held_beyond(raws: Raws, example: Example, recipe: Recipe, step: int) -> mx.array:
     """What is held of the tokens outside the window above what the compression allows."""
     compression = 1 + (recipe.compression - 1) * ramp(step, recipe, 0.0, LED)
-    gone = [outside(mx.sigmoid(z / HEAT), example.bounds) for z in noisy(raws, recipe, step)]
+    gone = []
+    for z in noisy(raws, recipe, step):
+        soft = mx.sigmoid(z / HEAT)
+        gone.append(outside((z > 0).astype(mx.float32) + soft - mx.stop_gradient(soft), example.bounds))
     return mx.maximum(1 - 1 / compression - mx.concatenate(gone).mean(), 0.0)
