@@ -28,7 +28,8 @@ from mlx_kvprune.forward import forward, pruned
 from mlx_kvprune.gates import Gates
 from mlx_kvprune.gates import files as gate_files
 from mlx_kvprune.ladder import Rung, find_rung, trained_context
-from mlx_kvprune.policy import find, policy_for
+from mlx_kvprune.places import expand
+from mlx_kvprune.policy import POLICIES, find, policy_for
 from mlx_kvprune.refusals import check_full, check_policy, why_no_ranks
 from mlx_kvprune.rope import find_rope
 from mlx_kvprune.scorers import Scorer
@@ -49,6 +50,7 @@ class Attachment:
         classes: modules and the classes they had before.
         unranked: why positions in the cache cannot be had; None as long as that was not tried.
         gates: those that were loaded, or given, by method and by where they came from (empty: the model's own).
+        stamps: of the files that they were read from: one that was written anew is read again.
         own_make_cache: what stood in the place of ``make_cache`` on the instance, if anything did.
     """
 
@@ -58,6 +60,7 @@ class Attachment:
     unranked: str | None = None
     own_make_cache: Any = None
     gates: dict[tuple[str, str], Gates] = field(default_factory=dict)
+    stamps: dict[tuple[str, str], tuple[int, int] | None] = field(default_factory=dict)
 
     def __str__(self) -> str:
         name = f"{self.rung.name} ({len(self.rung.layers)} layers bounded"
@@ -378,18 +381,31 @@ def gates_of(model: nn.Module, settings: CacheSettings) -> Gates:
     """
     attachment: Attachment = model.__dict__[SLOT]
     method = policy_for(settings)[0].gates
-    key = (method, settings.gates)
-    if key not in attachment.gates:
+    key, stamp = (method, settings.gates), _stamp(settings.gates)
+    if key not in attachment.gates or attachment.stamps.get(key, stamp) != stamp:
+        attachment.stamps[key] = stamp
         attachment.gates[key] = _fitting(attachment.rung, gate_files.load_for(model, method, settings.gates))
     return attachment.gates[key]
+
+
+def _stamp(where: str) -> tuple[int, int] | None:
+    """What changes when a gate file does; None if it is no file."""
+    try:
+        found = expand(where).stat()
+    except (OSError, ValueError):
+        return None
+    return (found.st_mtime_ns, found.st_size) if where else None
 
 
 def use_gates(model: nn.Module, method: str, gates: Gates) -> None:
     """Give a model gates of a method that were not read from a file; caches that are made from now on use them.
 
     Raises:
-        ValueError: they are not for as many layers and KV heads as the model's bounded layers have.
+        ValueError: no such method, or they are not for as many layers and KV heads as the model's bounded layers have.
     """
+    known = sorted({policy.gates for policy in POLICIES.values() if policy.gates})
+    if method not in known:
+        raise ValueError(f"[gates] no method of gates; got {method!r}; try one of: {', '.join(known)}")
     attachment = hooked(model)
     attachment.gates[method, ""] = _fitting(attachment.rung, gates)
 

@@ -45,7 +45,7 @@ def show(where: Where, json: Json = False) -> None:
 
     cards = cards_at(where)
     if json:
-        output.write_json({"gates": [{"path": str(path), **asdict(card)} for path, card in cards]})
+        output.write_json({"gates": [{"path": str(path), **asdict(card), "cost": _cost(path)} for path, card in cards]})
         return
     for i, (path, card) in enumerate(cards):
         output.write("\n" if i else "")
@@ -59,8 +59,11 @@ def pull(repo: Repo, json: Json = False) -> None:
     from mlx_kvprune.gates import hub
 
     path = hub.pull(repo)
+    found = _in_folder(path)
+    if not found:
+        raise ValueError(f"[gates] no gate files there; got {repo!r}; try a repository that `gates push` made")
     if json:
-        output.write_json({"repo": repo, "path": str(path), "gates": [str(p) for p, _ in _in_folder(path)]})
+        output.write_json({"repo": repo, "path": str(path), "gates": [str(p) for p, _ in found]})
     else:
         output.write(f"{path}\n")
 
@@ -113,12 +116,21 @@ def _in_folder(folder: Path) -> list[tuple[Path, Any]]:
     return [(path, read_card(path)) for path in gate_files_in(folder)]
 
 
+def _cost(path: Path) -> dict[str, int]:
+    """What gates cost beside their model."""
+    from mlx_kvprune.gates.files import load
+
+    gates = load(path)[0]
+    return {"numbers": gates.numbers, "bytes": gates.nbytes, "flops": gates.flops}
+
+
 def _show(path: Path, card: Any) -> None:
     from mlx_kvprune.cli import output
     from mlx_kvprune.gates import hub
 
     output.write(f"{path}\n")
-    for term, fact in [*hub.facts(card), *([("limits", card.limits)] if card.limits else [])]:
+    cost = "{numbers:,} numbers, {bytes:,} bytes in memory, {flops:,} FLOP a token".format(**_cost(path))
+    for term, fact in [*hub.facts(card), ("cost", cost), *([("limits", card.limits)] if card.limits else [])]:
         output.write(f"  {term:<11}{fact}\n")
     for share, value in card.thresholds.items():
         output.write(f"  threshold  {value:g} keeps {share}\n")

@@ -100,10 +100,17 @@ def save(path: str | Path, gates: Gates, model: nn.Module, card: Card) -> Path:
 
     Returns:
         Where it is, with the suffix.
+
+    Raises:
+        ValueError: numbers that are not finite, or too large for float16.
     """
     path = expand(path)
     path = path if path.name.endswith(SUFFIX) else path.with_name(path.name + SUFFIX)
     arrays = {name: x.astype(mx.float16) for name, x in gates.arrays().items()}
+    if not all(mx.isfinite(x).all().item() for x in arrays.values()):
+        raise ValueError(
+            "[out] gates with numbers that are not finite; got a training that diverged; try a smaller --rate"
+        )
     arrays |= {OF_MODEL + name: x.astype(mx.bfloat16) for name, x in fingerprint(model).items()}
     meta = {"format": str(FORMAT), "shape": json.dumps(asdict(gates.shape)), "card": json.dumps(asdict(card))}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -173,9 +180,13 @@ def load_for(model: nn.Module, method: str, where: str = "") -> Gates:
                 f"[gates] policy {method!r} needs gates of its own; got {path.name} for {card.method!r}; "
                 f"try --policy {card.method}"
             )
-        if reason := differs(model, owner):
-            raise ValueError(f"[gates] {path.name} belongs to another model; got {reason}; try `mlx-kvprune fit`")
-        return gates
+        if not (reason := differs(model, owner)):
+            return gates
+        for other in _beside(path, where, method):
+            gates, _, owner = load(other)
+            if not differs(model, owner):
+                return gates
+        raise ValueError(f"[gates] {path.name} belongs to another model; got {reason}; try `mlx-kvprune fit`")
     for path in embedded(method):
         gates, _, owner = load(path)
         if not differs(model, owner):
@@ -184,6 +195,13 @@ def load_for(model: nn.Module, method: str, where: str = "") -> Gates:
         f"[gates] policy {method!r} needs gates that were trained for this model; got none; try "
         f"`mlx-kvprune fit --method {method}`, or --gates FILE"
     )
+
+
+def _beside(path: Path, where: str, method: str) -> list[Path]:
+    """Other gate files of a method at a place that is not a file: they may be for other models."""
+    if expand(where).is_file():
+        return []
+    return [other for other in gate_files_in(path.parent) if other != path and read_card(other).method == method]
 
 
 def embedded(method: str) -> list[Path]:
@@ -298,4 +316,9 @@ def _card(meta: dict[str, str]) -> Card:
     known: Any = {
         k: tuple(v) if isinstance(v, list) else v for k, v in fields.items() if k in Card.__dataclass_fields__
     }
-    return Card(**known)
+    card = Card(**known)
+    whole = all(isinstance(getattr(card, name), type(value)) for name, value in asdict(Card("")).items())
+    numbers = all(isinstance(x, int | float) for x in card.thresholds.values()) if whole else False
+    if not numbers or not all(isinstance(row, dict) for row in card.quality):
+        raise ValueError("a card with fields of other types")
+    return card

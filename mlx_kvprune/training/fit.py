@@ -21,7 +21,7 @@ from mlx_kvprune.training.about import Ran, card_of
 from mlx_kvprune.training.calibrate import Quality, as_saved
 from mlx_kvprune.training.checkpoint import Progress
 from mlx_kvprune.training.distill import Distiller, prefixed, under
-from mlx_kvprune.training.joint import JointDistiller, let_learn, save_adapters
+from mlx_kvprune.training.joint import JointDistiller, check_learns, let_learn, save_adapters
 from mlx_kvprune.training.methods import DISTILL, UTILITY
 from mlx_kvprune.training.objectives import OBJECTIVES
 from mlx_kvprune.training.objectives.spkv import TAU
@@ -128,6 +128,8 @@ def fit(
     """
     check_early(plan, out, restart, minutes)
     check_readable(model)
+    if plan.joint:
+        check_learns(model, plan.lora)
     limit, longest = trained_context(model), plan.length * (2 if plan.how.twice else 1)
     if limit is not None and longest > limit:
         raise ValueError(f"[tokens] longer than the model's trained context; got {longest}; try {limit} or less")

@@ -63,6 +63,18 @@ def let_learn(model: nn.Module, rank: int, seed: int = 0) -> None:
     linear_to_lora_layers(model, n_layers(model), _lora(rank))
 
 
+def check_learns(model: nn.Module, rank: int) -> None:
+    """Refuse a model whose own weights cannot learn.
+
+    Raises:
+        ValueError: they are quantized, and no adapters were asked for.
+    """
+    if not rank and any(getattr(module, "bits", None) for _, module in model.named_modules()):
+        raise ValueError(
+            "[full] quantized weights cannot learn; got a quantized model; try --lora 8, or --dtype float32"
+        )
+
+
 def n_layers(model: Any) -> int:
     return len(model.layers)
 

@@ -135,7 +135,7 @@ class Plan:
         for name in ("rate", "bias_rate", "quality"):
             value, flag = getattr(self, name), name.replace("_", "-")
             if value is not None and not 0 < value < 1e6:
-                raise ValueError(f"[{flag}] must be above 0; got {value:g}; try it without --{flag}")
+                raise ValueError(f"[{flag}] must be between 0 and 1e6; got {value:g}; try it without --{flag}")
         for name in ("capacity", "surprisal"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < 1e6:

@@ -29,10 +29,17 @@ def test_show_a_file_and_a_folder(folder):
     assert one.returncode == 0, one.stderr
     lines = one.stdout.splitlines()
     assert lines[0] == str(folder / "gates-a.safetensors")
-    for line in ("  method     retention", "  tokens     12,345", "  threshold  0.5 keeps 1/4", "  budget  kl"):
+    for line in (
+        "  method     retention",
+        "  tokens     12,345",
+        "  threshold  0.5 keeps 1/4",
+        "  budget  kl",
+        "  cost       516 numbers, 2,064 bytes in memory, 1,024 FLOP a token",
+    ):
         assert line in lines, one.stdout
     both = json.loads(run("gates", "show", str(folder), "--json").stdout)["gates"]
     assert [card["method"] for card in both] == ["retention", "kvzap"]
+    assert both[0]["cost"] == {"numbers": 516, "bytes": 2064, "flops": 1024}
     assert both[0]["quality"][1] == {"budget": "1/4", "kl": 0.125}
 
 

@@ -116,6 +116,13 @@ def test_the_readme_says_what_the_card_says(our_hub, gate_file):
         assert line in text.splitlines(), line
 
 
+def test_a_file_that_is_no_gate_file_is_let_be(our_hub, gate_file):
+    (our_hub.root / "me/gates").mkdir(parents=True)
+    (our_hub.root / "me/gates/gates-old.safetensors").write_text("something else")
+    hub.push(gate_file, "me/gates")
+    assert "gates-old" not in (our_hub.root / "me/gates/README.md").read_text()
+
+
 def test_a_second_file_joins_the_readme(our_hub, gate_file, model, tmp_path):
     hub.push(gate_file, "me/gates")
     other = files.save(

@@ -20,7 +20,7 @@ from mlx_kvprune.training import student
 from mlx_kvprune.training.bias import Bias
 from mlx_kvprune.training.calibrate import Quality, as_saved
 from mlx_kvprune.training.distill import Distiller, held_out, loss_of, output_loss, raws_of
-from mlx_kvprune.training.joint import JointDistiller, let_learn
+from mlx_kvprune.training.joint import JointDistiller, check_learns, let_learn
 from mlx_kvprune.training.methods import METHODS
 from mlx_kvprune.training.objective import budget_biases, decay_biases, divergence
 from mlx_kvprune.training.objectives import OBJECTIVES
@@ -213,6 +213,15 @@ def test_a_restored_distiller_goes_on_as_if_nothing_had_happened(model, pool, ta
         again.step(pool)
     for name, x in straight.state.items():
         assert mx.array_equal(x, again.state[name]), name
+
+
+def test_quantized_weights_cannot_learn():
+    model = zoo.tiny_model("llama")
+    check_learns(model, 0)
+    nn.quantize(model, group_size=32, bits=4)
+    with pytest.raises(ValueError, match=r"^\[full\] quantized weights cannot learn; got .*; try --lora 8"):
+        check_learns(model, 0)
+    check_learns(model, 2)
 
 
 @pytest.mark.parametrize("rank", [2, 0])
