@@ -85,10 +85,14 @@ class Quality:
         return float(np.mean(found))
 
     def rows(self, kls: dict[str, float]) -> list[dict[str, Any]]:
-        """KL by budget, in the words of a card."""
-        length = len(self.readings[0].tokens)
-        slots = {f"1/{n}": bounds_of(length // n, self.recipe).slots for n in distill.SHARES}
-        return [{"budget": share, "slots": slots[share], "kl": round(kl, 4)} for share, kl in kls.items()]
+        """KL by budget, in the words of a card; below the least that the method can hold there is one row."""
+        length, found = len(self.readings[0].tokens), []
+        for n, (share, kl) in zip(distill.SHARES, kls.items(), strict=True):
+            slots = bounds_of(length // n, self.recipe).slots
+            name = share if slots <= length // n else f"{share} (its least)"
+            if not found or found[-1]["slots"] != slots:
+                found.append({"budget": name, "slots": slots, "kl": round(kl, 4)})
+        return found
 
     def threshold_rows(self, model: nn.Module, thresholds: dict[str, float]) -> list[dict[str, Any]]:
         """KL by threshold."""
