@@ -23,8 +23,8 @@ Policy = Annotated[
         "--policy",
         panel=CACHE,
         metavar="NAME",
-        help=f"What is kept when the cache is full; see `policies`. auto: {LEARNED} where gates come along (smollm2-135m), "
-        f"what the gates of --gates are for, else {UNLEARNED}.",
+        help=f"What is kept when the cache is full; see `policies`. auto: {LEARNED} where gates come along with a model of "
+        f"that name (smollm2-135m), what the gates of --gates are for, else {UNLEARNED}.",
     ),
 ]
 Budget = Annotated[

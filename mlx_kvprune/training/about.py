@@ -32,6 +32,7 @@ class Ran:
         tokens: that these have together.
         measured: texts that were measured on.
         credits: the files that were trained on, with their licences.
+        parent: the card of the gates that it went on from.
     """
 
     plan: Plan
@@ -42,6 +43,7 @@ class Ran:
     tokens: int
     measured: int
     credits: tuple[str, ...] = ()
+    parent: Card | None = None
 
 
 def card_of(
@@ -62,13 +64,15 @@ def card_of(
     """
     plan, (least, most) = ran.plan, ran.plan.recipe.shares
     budgeted = DISTILL in plan.stages and plan.method == "retention"
+    own = ran.credits + ((WOVEN,) if plan.recall else ()) + ((SPOKEN,) if plan.answers else ())
+    parent = ran.parent or Card(plan.method)
     return Card(
         method=plan.method,
         model=plan.model,
-        stage="+".join(plan.stages),
-        data=ran.credits + ((WOVEN,) if plan.recall else ()) + ((SPOKEN,) if plan.answers else ()),
-        tokens=ran.tokens,
-        minutes=f"{ran.seconds / 60:.1f} on {machine()}",
+        stage=_then(parent.stage, "+".join(plan.stages)),
+        data=tuple(dict.fromkeys(parent.data + own)),
+        tokens=parent.tokens + ran.tokens,
+        minutes=_then(parent.minutes, f"{ran.seconds / 60:.1f} on {machine()}"),
         budget=f"1/{1 / most:.0f} to 1/{1 / least:.0f}" if budgeted else "",
         thresholds=thresholds,
         quality=tuple(rows),
@@ -98,6 +102,10 @@ def limits(ran: Ran, without_outputs: bool, adapters: Path | None) -> list[str]:
         found.append(f"Only for the model with the adapters in {adapters.name}: mlx_lm.load(..., adapter_path=...).")
         found.append("KL by budget is from the model as it was, by threshold from the model as it is now.")
     return found
+
+
+def _then(before: str, now: str) -> str:
+    return f"{before}, then {now}" if before else now
 
 
 def machine() -> str:

@@ -15,6 +15,7 @@ import numpy as np
 from mlx_kvprune.attach import hooked
 from mlx_kvprune.gates import Gates
 from mlx_kvprune.gates import files as gate_files
+from mlx_kvprune.gates.files import Card
 from mlx_kvprune.ladder import trained_context
 from mlx_kvprune.training import checkpoint, spoken
 from mlx_kvprune.training.about import Ran, card_of
@@ -158,7 +159,7 @@ class _Training:
         self.credits = credits(plan.data)  # now, while the files are there
         self.grams = projections(model) if plan.how.norms else None
         self.pool = Pool(self._text, plan.n_texts, plan.replaced_every, plan.memory, lean=DISTILL not in plan.stages)
-        self.first, self.made_for = self._start() if plan.start else (None, "")
+        self.first, self.parent = self._start() if plan.start else (None, None)
         self.kept: tuple[dict[str, mx.array], Progress] | None = None  # what an interrupted training writes
         self.best: dict[str, mx.array] = {}
 
@@ -195,11 +196,11 @@ class _Training:
             self._distil(distiller, progress)
         return self._finish(distiller, progress)
 
-    def _start(self) -> tuple[Gates, str]:
-        """The gates to go on from, and the method that they were trained for."""
+    def _start(self) -> tuple[Gates, Card]:
+        """The gates to go on from, and what their file says of them."""
         path, made_for = _start_file(self.plan)
         self.watch.say(f"[fit] going on from {path}, gates of {made_for}")
-        return gate_files.load_for(self.model, made_for, str(path)), made_for
+        return gate_files.load_for(self.model, made_for, str(path)), gate_files.read_card(path)
 
     # -- texts -------------------------------------------------------------------------------------------------------
 
@@ -249,7 +250,7 @@ class _Training:
         return JointDistiller(gates, self.model, whitening, self.plan.recipe)
 
     def _begin(self, distiller: Distiller) -> None:
-        level = distiller.begin(self.pool.readings[:LEVELLED], self.made_for)
+        level = distiller.begin(self.pool.readings[:LEVELLED], self.parent.method if self.parent else "")
         if level.why:
             times = f"numbers times {level.scale:g}, " if level.scale != 1 else ""
             self.watch.say(f"[fit] {times}biases moved by {level.added:+.2f}: {level.why}")
@@ -365,6 +366,7 @@ class _Training:
         read = self._texts_read(progress)
         tokens = sum(self._length(n) for n in range(read))
         about = Ran(self.plan, self.seconds, progress.done, self.pool.size, read, tokens, len(self.held), self.credits)
+        about = replace(about, parent=self.parent)
         card = card_of(about, thresholds, rows, self._without_outputs(), adapters)
         card = replace(card, settings={**card.settings, **quality.structure()})
         path = checkpoint.write(lambda: gate_files.save(self.out, quality.gates, self.model, card), self.out)

@@ -256,8 +256,10 @@ def test_going_on_from_gates_on_other_texts(tiny, book, tmp_path, capsys):
     words = ["--stage", "distill", "--start", str(first), "--recall", "1", "--steps", "4", "--check", "1"]
     code, _, stderr = call(capsys, *arguments(tiny, book, then, *words))
     assert code == 0, stderr
-    card = files.read_card(then)
-    assert card.stage == "distill" and card.settings["start"] == "first.safetensors" and card.settings["recall"] == 1.0
+    card, before = files.read_card(then), files.read_card(first)
+    assert card.stage == "utility, then distill" and card.tokens > before.tokens > 0
+    assert card.minutes.startswith(f"{before.minutes}, then ")
+    assert card.settings["start"] == "first.safetensors" and card.settings["recall"] == 1.0
     assert card.data == ("book.jsonl.gz (CC0)", "invented facts woven into them, generated")
     one, other = (files.load(path)[0].arrays() for path in (first, then))
     level = np.median(
