@@ -78,7 +78,7 @@ def test_utility_end_to_end_in_a_process_of_its_own(tiny, book, tmp_path):
     assert told["out"] == str(out) and told["stage"] == card.stage == "utility"
     assert card.data == ("book.jsonl.gz (CC0)",)
     assert card.tokens == 1024 and "CPU" in card.minutes and "held-out parts" in card.limits
-    assert [row["budget"] for row in card.quality] == ["1/4", "1/8", "1/16"]
+    assert [row["budget"] for row in card.quality] == ["1/4", "1/8", "1/16 (its least)"]
     assert card.settings["form"] == "shared" and not checkpoint.place(out).exists()
     reads(tiny, "retention", str(out))
 
