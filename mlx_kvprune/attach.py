@@ -382,9 +382,10 @@ def gates_of(model: nn.Module, settings: CacheSettings) -> Gates:
     attachment: Attachment = model.__dict__[SLOT]
     method = policy_for(settings)[0].gates
     key, stamp = (method, settings.gates), _stamp(settings.gates)
-    if key not in attachment.gates or attachment.stamps.get(key, stamp) != stamp:
-        attachment.stamps[key] = stamp
+    anew = stamp is not None and attachment.stamps.get(key, stamp) != stamp
+    if key not in attachment.gates or anew:
         attachment.gates[key] = _fitting(attachment.rung, gate_files.load_for(model, method, settings.gates))
+        attachment.stamps[key] = stamp
     return attachment.gates[key]
 
 
