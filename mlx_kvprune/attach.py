@@ -390,12 +390,14 @@ def gates_of(model: nn.Module, settings: CacheSettings) -> Gates:
 
 
 def _stamp(where: str) -> tuple[int, int] | None:
-    """What changes when a gate file does; None if it is no file."""
+    """What changes when a gate file is written anew, or one in a folder; None if neither is there."""
+    if not where:
+        return None
     try:
         found = expand(where).stat()
     except (OSError, ValueError):
         return None
-    return (found.st_mtime_ns, found.st_size) if where else None
+    return found.st_mtime_ns, found.st_size
 
 
 def use_gates(model: nn.Module, method: str, gates: Gates) -> None:

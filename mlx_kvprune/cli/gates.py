@@ -59,9 +59,7 @@ def pull(repo: Repo, json: Json = False) -> None:
     from mlx_kvprune.gates import hub
 
     path = hub.pull(repo)
-    found = _in_folder(path)
-    if not found:
-        raise ValueError(f"[gates] no gate files there; got {repo!r}; try a repository that `gates push` made")
+    found = _in_folder(path, repo)
     if json:
         output.write_json({"repo": repo, "path": str(path), "gates": [str(p) for p, _ in found]})
     else:
@@ -104,16 +102,16 @@ def cards_at(where: str) -> list[tuple[Path, Any]]:
         where.count("/") != 1 or where.startswith((".", "~", "/")) or path.suffix == ".safetensors"
     ):
         raise ValueError(f"[gates] no such file or repository; got {where!r}; try a path, or owner/name on the hub")
-    found = _in_folder(path if path.is_dir() else hub.pull(where))
+    return _in_folder(path if path.is_dir() else hub.pull(where), where)
+
+
+def _in_folder(folder: Path, where: str) -> list[tuple[Path, Any]]:
+    from mlx_kvprune.gates.files import gate_files_in, read_card
+
+    found = [(path, read_card(path)) for path in gate_files_in(folder)]
     if not found:
         raise ValueError(f"[gates] no gate files there; got {where!r}; try a file that `mlx-kvprune fit` wrote")
     return found
-
-
-def _in_folder(folder: Path) -> list[tuple[Path, Any]]:
-    from mlx_kvprune.gates.files import gate_files_in, read_card
-
-    return [(path, read_card(path)) for path in gate_files_in(folder)]
 
 
 def _cost(path: Path) -> dict[str, int]:

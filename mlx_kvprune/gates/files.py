@@ -172,8 +172,8 @@ def load_for(model: nn.Module, method: str, where: str = "") -> Gates:
     Raises:
         ValueError: there are none, they are of another method, or belong to another model.
     """
-    if where:
-        path = located(where, method)
+    others = ""
+    for path in _at(where, method) if where else embedded(method):
         gates, card, owner = load(path)
         if card.method != method:
             raise ValueError(
@@ -182,32 +182,30 @@ def load_for(model: nn.Module, method: str, where: str = "") -> Gates:
             )
         if not (reason := differs(model, owner)):
             return gates
-        for other in _beside(path, where, method):
-            gates, _, owner = load(other)
-            if not differs(model, owner):
-                return gates
-        raise ValueError(f"[gates] {path.name} belongs to another model; got {reason}; try `mlx-kvprune fit`")
-    for path in embedded(method):
-        gates, _, owner = load(path)
-        if not differs(model, owner):
-            return gates
+        others = others or f"[gates] {path.name} belongs to another model; got {reason}; try `mlx-kvprune fit`"
+    if where:
+        raise ValueError(others)
     raise ValueError(
         f"[gates] policy {method!r} needs gates that were trained for this model; got none; try "
         f"`mlx-kvprune fit --method {method}`, or --gates FILE"
     )
 
 
-def _beside(path: Path, where: str, method: str) -> list[Path]:
-    """Other gate files of a method at a place that is not a file: they may be for other models."""
+def _at(where: str, method: str) -> list[Path]:
+    """The gate files that ``where`` may mean: a file, or all that a folder or a repository has of the method."""
+    path = located(where, method)
     if expand(where).is_file():
-        return []
-    return [other for other in gate_files_in(path.parent) if other != path and read_card(other).method == method]
+        return [path]
+    return [path, *(other for other in _of(gate_files_in(path.parent), method) if other != path)]
 
 
 def embedded(method: str) -> list[Path]:
     """The gate files that come with the package for a method."""
-    found = sorted(shipped("models").glob(f"*/gates*{SUFFIX}"))
-    return [path for path in found if read_card(path).method == method]
+    return _of(sorted(shipped("models").glob(f"*/gates*{SUFFIX}")), method)
+
+
+def _of(paths: Sequence[Path], method: str) -> list[Path]:
+    return [path for path in paths if read_card(path).method == method]
 
 
 def located(where: str, *methods: str) -> Path:
@@ -261,7 +259,7 @@ def threshold_of(text: str, where: str, method: str) -> float:
 
 def gate_files_in(folder: Path) -> list[Path]:
     """The gate files among a folder's ``.safetensors``, by name."""
-    return [path for path in sorted(folder.glob(f"*{SUFFIX}")) if _is_gate_file(path)]
+    return [path for path in sorted(folder.glob(f"*{SUFFIX}")) if is_gate_file(path)]
 
 
 def _of_methods(paths: list[Path], methods: Sequence[str], where: str) -> Path:
@@ -273,7 +271,8 @@ def _of_methods(paths: list[Path], methods: Sequence[str], where: str) -> Path:
     raise ValueError(f"[gates] nothing for policy {wanted} in {where}; got {held}; try another place")
 
 
-def _is_gate_file(path: Path) -> bool:
+def is_gate_file(path: Path) -> bool:
+    """Whether a file has the header of one."""
     try:
         _header(path)
     except ValueError:
@@ -317,8 +316,8 @@ def _card(meta: dict[str, str]) -> Card:
         k: tuple(v) if isinstance(v, list) else v for k, v in fields.items() if k in Card.__dataclass_fields__
     }
     card = Card(**known)
-    whole = all(isinstance(getattr(card, name), type(value)) for name, value in asdict(Card("")).items())
-    numbers = all(isinstance(x, int | float) for x in card.thresholds.values()) if whole else False
-    if not numbers or not all(isinstance(row, dict) for row in card.quality):
+    typed = all(isinstance(getattr(card, name), type(value)) for name, value in asdict(Card("")).items())
+    inside = typed and all(isinstance(x, int | float) for x in card.thresholds.values())
+    if not inside or not all(isinstance(row, dict) for row in card.quality):
         raise ValueError("a card with fields of other types")
     return card

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from mlx_kvprune.gates.files import SUFFIX, Card, read_card
+from mlx_kvprune.gates.files import SUFFIX, Card, is_gate_file, read_card
 from mlx_kvprune.places import expand
 from mlx_kvprune.reasons import of_hub
 
@@ -76,17 +76,9 @@ def _readme_there(api: Any, repo: str, name: str, card: Card, model: str) -> str
     if "README.md" in there and MARK not in Path(api.hf_hub_download(repo, "README.md")).read_text(encoding="utf-8"):
         return None
     others = [x for x in there if x.startswith("gates") and x.endswith(SUFFIX) and x != name]
-    cards = [(x, found) for x in sorted(others) if (found := _card_there(api, repo, x))]
+    paths = [(x, Path(api.hf_hub_download(repo, x))) for x in sorted(others)]
+    cards = [(x, read_card(path)) for x, path in paths if is_gate_file(path)]
     return readme(repo, [(name, card), *cards], model)
-
-
-def _card_there(api: Any, repo: str, name: str) -> Card | None:
-    """The card of a file that somebody put there; None if it is no gate file."""
-    path = api.hf_hub_download(repo, name)
-    try:
-        return read_card(path)
-    except ValueError:
-        return None
 
 
 def readme(repo: str, cards: Sequence[tuple[str, Card]], model: str = "") -> str:

@@ -365,8 +365,8 @@ class _Training:
         adapters = self._save_adapters()
         read = self._texts_read(progress)
         tokens = sum(self._length(n) for n in range(read))
-        about = Ran(self.plan, self.seconds, progress.done, self.pool.size, read, tokens, len(self.held), self.credits)
-        about = replace(about, parent=self.parent)
+        texts = {"held": self.pool.size, "read": read, "tokens": tokens, "measured": len(self.held)}
+        about = Ran(self.plan, self.seconds, progress.done, **texts, credits=self.credits, parent=self.parent)
         card = card_of(about, thresholds, rows, self._without_outputs(), adapters)
         card = replace(card, settings={**card.settings, **quality.structure()})
         path = checkpoint.write(lambda: gate_files.save(self.out, quality.gates, self.model, card), self.out)

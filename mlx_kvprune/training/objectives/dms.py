@@ -15,8 +15,13 @@ from mlx_kvprune.training.objectives.base import Raws
 from mlx_kvprune.training.recipe import Example, Recipe, ramp
 
 HEAT = 0.3
-EPS = 1e-4  # above what ``student`` leaves out: what is evicted learns as if it were there
+EPS = 1e-4  # above what ``student`` leaves out: what is dropped learns as if it were there
 LED = 0.8  # share of the training after which the compression is what was asked for
+
+
+def switched(soft: mx.array, least: float = 0.5) -> mx.array:
+    """One where ``soft`` is at least that much, else zero, with the gradient of ``soft`` (straight-through)."""
+    return (soft >= least).astype(mx.float32) + soft - mx.stop_gradient(soft)
 
 
 def noisy(raws: Raws, recipe: Recipe, step: int) -> list[mx.array]:
@@ -35,8 +40,5 @@ def biases(raws: Raws, example: Example, recipe: Recipe, step: int) -> list[Bias
 def held_beyond(raws: Raws, example: Example, recipe: Recipe, step: int) -> mx.array:
     """What is held of the tokens outside the window above what the compression allows."""
     compression = 1 + (recipe.compression - 1) * ramp(step, recipe, 0.0, LED)
-    gone = []
-    for z in noisy(raws, recipe, step):
-        soft = mx.sigmoid(z / HEAT)
-        gone.append(outside((z > 0).astype(mx.float32) + soft - mx.stop_gradient(soft), example.bounds))
+    gone = [outside(switched(mx.sigmoid(z / HEAT)), example.bounds) for z in noisy(raws, recipe, step)]
     return mx.maximum(1 - 1 / compression - mx.concatenate(gone).mean(), 0.0)

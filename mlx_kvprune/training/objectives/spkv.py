@@ -23,10 +23,9 @@ import numpy as np
 from mlx_kvprune.training.bias import Bias
 from mlx_kvprune.training.objective import Bounds, dropped_biases, outside
 from mlx_kvprune.training.objectives.base import Level, Raws
-from mlx_kvprune.training.objectives.dms import HEAT, noisy
+from mlx_kvprune.training.objectives.dms import EPS, HEAT, noisy, switched
 from mlx_kvprune.training.recipe import Example, Recipe, ramp
 
-EPS = 1e-4  # above what ``student`` leaves out: what is dropped learns as if it were there
 TAU = 0.5
 LAST = 0.75  # share of the training after which gates become hard
 FIRST = 0.2  # share that is written where gates of ``retention`` are the start
@@ -37,9 +36,8 @@ LED = 0.5  # share of the training after which the density is what was asked for
 def written(raw: mx.array, recipe: Recipe, step: int) -> mx.array:
     """``u``, and towards the end what it becomes at the threshold, whose gradient is that of ``u`` (straight-through)."""
     u = mx.sigmoid(raw)
-    hard = (u >= TAU).astype(mx.float32) + u - mx.stop_gradient(u)
     a = ramp(step, recipe, LAST, 1.0)
-    return (1 - a) * u + a * hard
+    return (1 - a) * u + a * switched(u, TAU)
 
 
 def drawn(raws: Raws, recipe: Recipe, step: int) -> list[mx.array]:
@@ -47,11 +45,8 @@ def drawn(raws: Raws, recipe: Recipe, step: int) -> list[mx.array]:
     gradient is a sigmoid's.
     """
     still = 1 - ramp(step, recipe, LAST, 1.0)
-    found = []
-    for raw, z in zip(raws, noisy(raws, recipe, step), strict=True):
-        soft = mx.sigmoid((raw + still * (z - raw)) / HEAT)
-        found.append((soft >= TAU).astype(mx.float32) + soft - mx.stop_gradient(soft))
-    return found
+    pairs = zip(raws, noisy(raws, recipe, step), strict=True)
+    return [switched(mx.sigmoid((raw + still * (z - raw)) / HEAT), TAU) for raw, z in pairs]
 
 
 def biases(raws: Raws, example: Example, recipe: Recipe, step: int) -> list[Bias]:
