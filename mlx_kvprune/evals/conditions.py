@@ -120,8 +120,10 @@ def grid(
     places = [{"gates": place} for place in gates] or [{}]
 
     def least(policy: Policy, place: str) -> dict[str, float]:
-        if not threshold or not policy.drops or (len(places) > 1 and method_at(place, policy.gates) != policy.gates):
-            return {}  # with gates of another method it is left out later
+        if not threshold or not policy.drops:
+            return {}
+        if "/" in threshold and len(places) > 1 and method_at(place, policy.gates) != policy.gates:
+            return {}  # a share that its card does not know; with gates of another method it is left out later
         return {"threshold": threshold_of(threshold, place, policy.gates)}
 
     def own(name: str) -> list[dict[str, Any]]:

@@ -155,6 +155,9 @@ def test_several_files_each_for_one_policy(model, tmp_path):
     found, notes = Job(model, None, [], thresholds).conditions(700)
     assert named(found) == {("retention", "retention"), ("spkv", "spkv"), ("kvzap", "kvzap")} and not notes
     assert {dict(c.more).get("threshold") for c in found} == {None, 0.7, -2.5}
+    number = Grid(("spkv",), ("400",), gates=(files["spkv"], str(tmp_path / "none")), threshold="0.5")
+    found, notes = Job(model, None, [], number).conditions(700)
+    assert named(found) == {("spkv", "spkv")} and len(notes) == 1 and "no such file or repository" in notes[0]
 
 
 def test_a_threshold_is_for_the_policies_that_drop(tmp_path):
