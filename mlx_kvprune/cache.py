@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_kvprune.allocators import floor_pages, share_pages
 from mlx_kvprune.attend import Attended, Mask, View, among_new, attend, backend
@@ -502,27 +503,31 @@ class PrunedKVCache:
         """The most slots of the pool per KV head that are never evicted: the floors of turns."""
         return self.turn_slots() * len(self.turns)
 
-    def share(self, contest: Contest) -> Any:
-        """Pages of each head where the heads of this layer alone compete."""
-        assert contest.candidates is not None
+    @property
+    def paged(self) -> PagedPool:
+        """The pool whose heads compete for pages."""
         pool = self.held.last
         assert isinstance(pool, PagedPool)
-        floor = floor_pages(self.page_limit, pool.heads, self.settings, self.protected)
-        return share_pages(contest.candidates.ranked, self.page_limit, floor, pool.units, self.most_pages)
+        return pool
+
+    def share(self, contest: Contest) -> Any:
+        """Pages of each head where the heads of this layer alone compete, those of one sequence with each other."""
+        assert contest.candidates is not None
+        heads, ranked = self.paged.heads // self.paged.batch, contest.candidates.ranked
+        floor = floor_pages(self.page_limit, heads, self.settings, self.protected)
+        rows = [ranked[start : start + heads] for start in range(0, len(ranked), heads)]
+        share = lambda row: share_pages(row, self.page_limit, floor, self.paged.units, self.most_pages)
+        return np.concatenate([share(row) for row in rows])
 
     @property
     def page_limit(self) -> int:
-        """Pages of this layer's equal share of the budget."""
-        pool = self.held.last
-        assert isinstance(pool, PagedPool)
-        return pool.limit
+        """Pages of this layer's equal share of a sequence's budget."""
+        return self.paged.limit // self.paged.batch
 
     @property
     def pool_slots(self) -> int:
-        """Slots of this layer's equal share of the budget, over all heads: seldom whole pages."""
-        pool = self.held.last
-        assert isinstance(pool, PagedPool)
-        return pool.heads * self.held.specs[-1].limit
+        """Slots of this layer's equal share of a sequence's budget, over all its heads: seldom whole pages."""
+        return self.paged.heads // self.paged.batch * self.held.specs[-1].limit
 
     @property
     def most_pages(self) -> int | None:
@@ -617,6 +622,7 @@ class PrunedKVCache:
             rope=self.rope,
             next=newest + 1 if cache_positions else self.held.written,
             turned=not cache_positions,
+            ragged=self.settings.ragged,
         )
 
     def _observe(self, queries: mx.array, seen: Attended, at: int) -> mx.array:

@@ -13,7 +13,6 @@ from mlx_kvprune.allocators import floor_pages, share_pages
 from mlx_kvprune.cache import PrunedKVCache, question_of
 from mlx_kvprune.scorers import Surprise
 from mlx_kvprune.settings import PAGE
-from mlx_kvprune.slots import PagedPool
 from mlx_kvprune.vlm import joined, logits_of
 
 Call = Callable[..., Any]
@@ -95,16 +94,24 @@ def _contest_arrays(cache: PrunedKVCache) -> list[mx.array]:
 
 def _shares(caches: list[PrunedKVCache]) -> list[Any]:
     """Pages of each head, for every cache whose heads compete: within the layer, or all with all."""
-    contests = [c.planned for c in caches]
     if not caches or caches[0].settings.allocator != "global":
-        return [c.share(x) for c, x in zip(caches, contests, strict=True) if x is not None]
-    pools = [c.held.last for c in caches]
-    assert all(isinstance(pool, PagedPool) for pool in pools)
-    heads = [pool.heads for pool in pools if isinstance(pool, PagedPool)]
-    ranked = [keys for x in contests if x and x.candidates for keys in x.candidates.ranked]
+        return [c.share(c.planned) for c in caches if c.planned is not None]
+    rows = [_share_all(caches, row) for row in range(caches[0].paged.batch)]
+    return [np.concatenate(layer) for layer in zip(*rows, strict=True)]
+
+
+def _share_all(caches: list[PrunedKVCache], row: int) -> list[Any]:
+    """Pages of each head of one sequence of a batch, layer by layer, where all of its heads compete."""
+    heads = [c.paged.heads // c.paged.batch for c in caches]
+    ranked = [
+        keys
+        for c, n in zip(caches, heads, strict=True)
+        if c.planned and c.planned.candidates
+        for keys in c.planned.candidates.ranked[row * n :][:n]
+    ]
     pages = pages_of_all(caches)
     floor = floor_pages(pages, len(ranked), caches[0].settings, caches[0].protected)
-    shares = share_pages(ranked, pages, floor, PAGE // caches[0].held.last.format.granule, caches[0].most_pages)
+    shares = share_pages(ranked, pages, floor, caches[0].paged.units, caches[0].most_pages)
     return np.split(shares, np.cumsum(heads)[:-1])
 
 

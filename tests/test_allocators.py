@@ -271,6 +271,42 @@ def test_steps_of_prefill_do_not_matter(allocator, store):
     kvp.detach(model)
 
 
+@pytest.mark.parametrize("budget", [130, 224])
+@pytest.mark.parametrize("block", [8, 24, 48])
+def test_blocks_that_are_not_whole_pages(block, budget):
+    """How a prompt is cut does not matter either where a block fills parts of pages, or the pool parts of a block."""
+    model = tiny_model("llama", 0, num_hidden_layers=2)
+    kvp.attach(model, "knorm", budget, quiet=True, window=32, block=block, allocator="head_adaptive")
+    outs, held = [], []
+    for step in (500, 37, 1):
+        cache = model.make_cache()
+        outs.append(read(model, cache, text(500), step))
+        held.append([np.sort(np.array(c.held.positions()), axis=2) for c in cache])
+    for out, positions in zip(outs[1:], held[1:], strict=True):
+        for a, b in zip(positions, held[0], strict=True):
+            np.testing.assert_array_equal(a[a >= 0], b[b >= 0])
+        np.testing.assert_allclose(out, outs[0], rtol=1e-3, atol=2e-3)
+    kvp.detach(model)
+
+
+@pytest.mark.parametrize("allocator", ["head_adaptive", "global"])
+def test_sequences_of_a_batch_do_not_compete(allocator):
+    """The same tokens alone and beside others, in caches that are not made for batches but take equally long ones."""
+    model = attached(allocator=allocator)
+    both = mx.concatenate([text(600), mx.sort(text(600, seed=2), axis=1)])
+    together, alone = model.make_cache(), [model.make_cache() for _ in range(2)]
+    for start in range(0, 600, 75):
+        span = slice(start, start + 75)
+        logits = np.array(model(both[:, span], cache=together))
+        for row in range(2):
+            expected = np.array(model(both[row : row + 1, span], cache=alone[row]))
+            np.testing.assert_allclose(logits[row : row + 1], expected, rtol=1e-3, atol=2e-3)
+    for layer, cache in enumerate(together):
+        counts = cache.held.last.live_counts().reshape(2, -1)
+        np.testing.assert_array_equal(counts, [one[layer].held.last.live_counts() for one in alone])
+    kvp.detach(model)
+
+
 def test_layers_with_different_numbers_of_heads_share():
     model = tiny_model(
         "openelm",

@@ -34,6 +34,7 @@ class Held:
         rope: the layer's rotary module, or None.
         next: the position that the next token's query is rotated to: ``now``, unless positions are those in the cache.
         turned: whether queries that were seen are as the model rotated them.
+        ragged: whether heads may hold different tokens in a slot of one number, because they compete for slots.
     """
 
     keys: mx.array
@@ -46,6 +47,7 @@ class Held:
     rope: Callable[..., mx.array] | None = None
     next: int = 0
     turned: bool = True
+    ragged: bool = False
 
     @property
     def live(self) -> mx.array:

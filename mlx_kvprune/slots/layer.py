@@ -44,6 +44,11 @@ class PoolSpec:
     sifted: bool = False
 
     @property
+    def slots(self) -> int:
+        """Slots per KV head that are filled before anything competes for them: whole pages, one at least, where it is ragged."""
+        return max(1, self.limit // PAGE) * PAGE if self.ragged else self.limit
+
+    @property
     def exact(self) -> bool:
         """Whether what is stored can be had back as it was."""
         return not (self.keys or self.values)
@@ -53,8 +58,8 @@ class PoolSpec:
         keys, values = Codec(like.keys.shape[-1], **self.keys), Codec(like.values.shape[-1], **self.values)
         form = Format(keys, values, like.keys.dtype, tools=self.tools)
         if self.ragged:
-            heads = like.keys.shape[0] * like.keys.shape[1]
-            return PagedPool(max(heads, heads * self.limit // PAGE), like, form, self.sifted)
+            rows, heads = like.keys.shape[:2]
+            return PagedPool(rows * max(heads, heads * self.limit // PAGE), like, form, self.sifted)
         return Pool(self.limit // form.granule * form.granule, like, form)
 
 
@@ -179,13 +184,13 @@ class LayerSlots:
         if not self.specs:
             return 0
         if self.empty():
-            return 0 if self.specs[0].sifted else self.specs[0].limit // self.block * self.block
+            return 0 if self.specs[0].sifted else self.specs[0].slots // self.block * self.block
         return self.pools[0].free // self.block * self.block
 
     @property
     def capacity(self) -> int:
         """Tokens that it takes before one must go, where heads hold alike: sinks, ring, whole blocks of the pools."""
-        return self.n_sink + self.ring_size + sum(spec.limit for spec in self.specs) // self.block * self.block
+        return self.n_sink + self.ring_size + sum(spec.slots for spec in self.specs) // self.block * self.block
 
     def free_at_all(self) -> int:
         """Slots per KV head that are free in any pool."""
