@@ -156,7 +156,7 @@ def make_from_settings(model: nn.Module, settings: CacheSettings) -> list[Any]:
         cache = PrunedKVCache(settings, None if slots is None else slots[layer], layer, dense)
         cache.longest = longest
         most = 0 if slots is None else max(slots) * _most_times(settings, most_heads, len(slots))
-        cache.frame = most if longest is None else min(most, max(longest, max(slots or [0])))
+        cache.frame = most if longest is None else min(most, longest)
         cache.alone, cache.lends = attachment.rung.unbatched, attachment.rung.lends
         cache.rope, cache.model_id = find_rope(attachment.rung.layers[layer].attention), identity
         cache.model = weakref.ref(model)
@@ -221,7 +221,20 @@ def slots_for(model: nn.Module, settings: CacheSettings) -> list[int] | None:
         gates_of(model, settings)
     if settings.positions == "cache" and (reason := cannot_rank(model)):
         raise ValueError(f"[positions] {reason}; try --positions text")
-    return _slots_of(attachment.rung, policy.scorer, with_block(model, settings))
+    return _ranked(_slots_of(attachment.rung, policy.scorer, with_block(model, settings)), model, settings)
+
+
+def _ranked(slots: list[int] | None, model: nn.Module, settings: CacheSettings) -> list[int] | None:
+    """Slots of each layer, no more than positions that the model was trained for, where positions are those in the cache."""
+    most = _longest(model, settings)
+    if slots is None or most is None:
+        return slots
+    if most < settings.smallest_budget:
+        raise ValueError(
+            f"[positions] sinks, window and ring are more than the {most} positions that the model was trained for; got "
+            f"{settings.n_sink} + {settings.ring_size}; try a smaller --window"
+        )
+    return [min(n, most) for n in slots]
 
 
 def _slots_of(rung: Rung, scorer: Scorer, settings: CacheSettings) -> list[int] | None:
@@ -285,10 +298,13 @@ def hooked(model: nn.Module) -> Attachment:
     if SLOT in model.__dict__:
         return model.__dict__[SLOT]
     rebind.acquire()
-    rung = find_rung(model, lambda fn: replaced(model, fn))
-    if rung.name == "refuse":
+    try:
+        rung = find_rung(model, lambda fn: replaced(model, fn))
+        if rung.name == "refuse":
+            raise ValueError(f"[attach] {_type_of(model)} cannot be bounded; got {rung.reason}; try another model type")
+    except BaseException:
         rebind.release()
-        raise ValueError(f"[attach] {_type_of(model)} cannot be bounded; got {rung.reason}; try another model type")
+        raise
     attachment = Attachment(rung, own_make_cache=model.__dict__.get("make_cache"))
     _subclass(model, _stepwise, attachment)
     for attention in {id(layer.attention): layer.attention for layer in rung.layers}.values():

@@ -189,6 +189,6 @@ def _bound() -> list[tuple[str, Any, Any]]:
 
 def _replace(name: str, old: Any, new: Any) -> None:
     for module in list(sys.modules.values()):
-        space = getattr(module, "__dict__", {})
-        if module.__name__ != __name__ and space.get(name) is old:
+        space = getattr(module, "__dict__", {})  # a module may be None, which forbids its import
+        if space.get(name) is old and module.__name__ != __name__:
             space[name] = new

@@ -127,10 +127,10 @@ class CacheSettings:
         _one_of("kv-group-size", self.kv_group_size, GROUP_SIZES)
         _one_of("kv-scheme", self.kv_scheme, SCHEMES)
         _at_least("kv-fine-tokens", self.kv_fine_tokens, 0)
-        coarse = [bits for bits in (self.key_bits, self.value_bits) if bits is not None]
-        if self.kv_fine_tokens and self.kv_fine_bits is not None and self.kv_fine_bits <= min(coarse, default=0):
+        fine, coarse = self.kv_fine_bits, (self.key_bits or OWN_BITS, self.value_bits or OWN_BITS)
+        if self.kv_fine_tokens and fine is not None and not (min(coarse) < fine >= max(coarse)):
             raise ValueError(
-                f"[kv-fine-bits] the best tokens would be stored no finer than the others; got {self.kv_fine_bits}; "
+                f"[kv-fine-bits] the best tokens would be stored no finer than the others; got {fine}; "
                 "try more bits, or none for the model's own type"
             )
         if self.kv_fine_tokens and self.kv_scheme == "page":
@@ -236,6 +236,7 @@ def floor_slots(pool: int, head_floor: float) -> int:
 
 ALLOCATORS = ("uniform", "pyramid", "head_adaptive", "global", "auto")
 BITS = (8, 6, 5, 4, 3, 2)
+OWN_BITS = 32  # stands for the model's own type, which is finer than all of them
 GROUP_SIZES = (32, 64, 128)
 SCHEMES = ("auto", "token", "channel", "page")
 

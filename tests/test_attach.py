@@ -12,6 +12,7 @@ from mlx_lm.generate import generate_step, speculative_generate_step
 from mlx_lm.models.cache import KVCache, make_prompt_cache
 
 import mlx_kvprune as kvp
+from mlx_kvprune import rebind
 from mlx_kvprune.attach import SLOT, attachment_of, settings_from
 from mlx_kvprune.forward import leaves, pruned
 from mlx_kvprune.storage import layer_nbytes
@@ -262,6 +263,22 @@ def test_a_make_cache_of_the_instances_own_is_used_and_put_back():
 def test_what_is_not_a_model_is_refused(wrong):
     with pytest.raises(ValueError, match="not a model of mlx-lm"):
         kvp.attach(wrong)
+
+
+def test_a_module_that_is_none_and_a_trial_that_fails(monkeypatch):
+    """``sys.modules`` has None for what must not be imported; a model that cannot even be tried leaves no names bound."""
+    monkeypatch.setitem(sys.modules, "nobody_may_import_this", None)
+    model, users = zoo.tiny_model("llama"), rebind._users
+    monkeypatch.setattr(model, "make_cache", lambda: 1 / 0, raising=False)
+    with pytest.raises(ZeroDivisionError):
+        kvp.attach(model, quiet=True)
+    assert rebind._users == users
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "nobody_may_import_this", None)
+    kvp.attach(model, quiet=True)
+    assert rebind._users == users + 1
+    kvp.detach(model)
+    assert rebind._users == users
 
 
 def test_a_refused_attach_leaves_caches_in_use():

@@ -144,6 +144,38 @@ def test_no_head_holds_more_than_the_model_was_trained_for(allocator):
     kvp.detach(model)
 
 
+@pytest.mark.parametrize(
+    ("allocator", "budget", "more"),
+    [
+        ("pyramid", 450, {}),
+        ("uniform", "2MB", {}),
+        ("head_adaptive", "2MB", {}),
+        ("global", "2MB", {"kv_fine_tokens": 32, "kv_bits": 8, "kv_group_size": 32, "kv_fine_bits": None}),
+        ("uniform", 450, {"local_layers": "0"}),
+    ],
+)
+def test_no_layer_holds_more_than_the_model_was_trained_for(allocator, budget, more):
+    """Budgets that say nothing of a layer's slots: bytes, falling with depth, those that local layers leave free."""
+    model = zoo.tiny_model("llama")
+    kvp.attach(model, quiet=True)
+    settings = settings_from(policy="knorm", budget=budget, allocator=allocator, positions="auto", **more)
+    chosen = placed(model, settings, 1200, 10, "ask")
+    assert chosen.positions == "cache"
+    cache, limit = make_from_settings(model, chosen), trained_context(model)
+    prefill(model, np.random.default_rng(0).integers(0, 128, 1200).tolist(), cache, step=100)
+    most = [int((np.array(c.held.positions()[0]) >= 0).sum(axis=-1).max()) for c in pruned(cache)]
+    assert 450 < max(most) <= limit and all(c.evicted for c in pruned(cache))
+    kvp.detach(model)
+
+
+def test_a_window_beyond_the_trained_context():
+    model = zoo.tiny_model("llama")
+    with pytest.raises(
+        ValueError, match=r"\[positions\] .* more than the 512 positions .* got 4 \+ 532; try a smaller"
+    ):
+        kvp.attach(model, budget=2000, window=500, positions="cache", quiet=True)
+
+
 @pytest.mark.parametrize("policy", ["probe", "spkv", "dms", "retention_probe", "window"])
 @pytest.mark.parametrize("pinned", [0, 45, 200, 430])
 def test_the_block_leaves_room_for_what_is_pinned(policy, pinned):

@@ -41,6 +41,14 @@ EARLY = [  # found out before a model is loaded
     ("generate --prompt x --kv-bits 4 --kv-fine-tokens -1", r"\[kv-fine-tokens\] must be a whole number .*got -1; try"),
     ("generate --prompt x --kv-bits 4 --kv-fine-tokens 9 --kv-fine-bits 7", r"\[kv-fine-bits\] .*; got 7; try"),
     (
+        "generate --prompt x --kv-key-bits 8 --kv-value-bits 2 --kv-fine-tokens 9 --kv-fine-bits 4",
+        r"\[kv-fine-bits\] .* no finer than the others; got 4; try",
+    ),
+    (
+        "generate --prompt x --kv-value-bits 4 --kv-fine-tokens 9 --kv-fine-bits 8",
+        r"\[kv-fine-bits\] .* no finer than the others; got 8; try",
+    ),
+    (
         "generate --policy window --prompt x --kv-bits 4 --budget 110 --kv-scheme page",
         r"\[budget\] too small .* got 110 tokens .* try 132 or more",
     ),
