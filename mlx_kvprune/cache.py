@@ -14,6 +14,7 @@ import numpy as np
 from mlx_kvprune.allocators import floor_pages, share_pages
 from mlx_kvprune.attend import Attended, Mask, View, among_new, attend, backend
 from mlx_kvprune.batch import BatchPrunedKVCache
+from mlx_kvprune.numerics import device
 from mlx_kvprune.policy import policy_for
 from mlx_kvprune.rope import Rope, Shared, Turning, position_scale, unrotate
 from mlx_kvprune.scorers import Held, Probe, Scorer, Seen
@@ -301,14 +302,26 @@ class PrunedKVCache:
             return
         shift = stop - start if close else 0
         turn = self._turn_back if shift and self.settings.positions == "text" and self.rope is not None else None
+        if (queries := self.signals.pop("queries", None)) is not None:
+            self.signals |= self._queries_without(queries, start, stop, shift, turn)
         self.held.drop(start, stop, shift, turn)
         self.planned = None
-        if turn and "queries" in self.signals:  # those that the scorer remembers stay as far from the keys as they were
-            self.signals = {**self.signals, "queries": turn(self.signals["queries"], shift)}
         turns = (x if x <= start else max(start, x - shift) for x in self.turns)
         self.turns = tuple(dict.fromkeys(x for x in turns if x))  # a turn that is gone whole needs no floor
         self._set_offset(self.held.written)
         self._note_peak()
+
+    def _queries_without(
+        self, queries: mx.array, start: int, stop: int, shift: int, turn: Callable[[mx.array, int], mx.array] | None
+    ) -> State:
+        """The newest queries ``(B, H_q, w, D)`` that a scorer remembers, without those of the positions ``start .. stop - 1``;
+        later ones stay as far from the keys as they were. In front of a gap that stays they are forgotten: scorers take them
+        for neighbours."""
+        at = np.arange(self.held.written - queries.shape[2], self.held.written)
+        later = queries[:, :, device(np.flatnonzero(at >= stop))]
+        earlier = queries[:, :, device(np.flatnonzero(at < start))][:, :, : None if shift else 0]
+        kept = mx.concatenate([earlier, turn(later, shift) if turn and later.shape[2] else later], axis=2)
+        return {"queries": kept} if kept.shape[2] else {}
 
     def check_drop(self, close: bool) -> None:
         """Raise ``ValueError`` where closing a gap would turn quantized keys, or empty slots would be attended to."""
@@ -540,7 +553,7 @@ class PrunedKVCache:
         """Which slots are neither sinks nor, unless ``newest_too``, in the window ``(B, H_kv, S)``."""
         positions, settings = self.held.positions(), self.settings
         newest = self.held.written - (0 if newest_too else settings.window or 0)
-        return (positions >= settings.n_sink) & (positions < newest)
+        return (positions >= self.held.sinks) & (positions < newest)
 
     def hear(self, heard: mx.array) -> None:
         """Take what a question attended to of each slot ``(B, H_kv, S)``; beside gates it lasts for one choice only."""
@@ -627,7 +640,7 @@ class PrunedKVCache:
 
     def _observe(self, queries: mx.array, seen: Attended, at: int) -> mx.array:
         """Tell the scorer; what it remembers is tied to the output, so that it is evaluated with the step."""
-        ties: list[mx.array | None] = []
+        ties: list[mx.array | None] = [self.held.ring.memory]
         if seen.weights is not None:
             ties += self.held.update_memory(self.scorer.attended, seen.weights)
         if "queries" in self.scorer.needs:

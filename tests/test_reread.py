@@ -81,6 +81,16 @@ def test_the_answer_is_a_full_caches_to_what_was_read_again(model, policy, more)
     assert not any(c.evicted for c in pruned(again.cache)), "it fits beside the question"
 
 
+@pytest.mark.parametrize("policy", ["snapkv", "rkv"])
+def test_the_end_of_the_document_is_read_again(model, policy):
+    """Tokens whose own queries decide have no score of their own; they are the last that would be evicted."""
+    reading = reading_of(model, policy)
+    last = len(reading.prompt.before) + len(reading.prompt.document)
+    again = read_again(model, Numbers(), reading, max_tokens=8)
+    assert isinstance(again, Reread)
+    assert set(range(last - 8, last)) <= set(again.positions)
+
+
 @pytest.mark.parametrize("more", [{"allocator": "pyramid", "budget": 160}, {"local_layers": "0"}])
 def test_layers_that_hold_less_evict_as_ever(model, more):
     again = read_again(model, Numbers(), reading_of(model, "knorm", **more), max_tokens=8)

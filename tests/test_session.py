@@ -484,6 +484,54 @@ def test_queries_that_a_scorer_remembers_are_turned_with_the_keys():
     kvp.detach(model)
 
 
+@pytest.mark.parametrize("positions", ["text", "cache"])
+@pytest.mark.parametrize("policy", ["snapkv", "rkv"])
+def test_queries_of_what_was_dropped_are_forgotten(policy, positions):
+    """Those before a closed gap stay, later ones are turned; before a gap that stays they are forgotten."""
+    model = tiny_model("llama", num_hidden_layers=1)
+    kvp.attach(model, policy, 400, quiet=True, window=32, last=16, positions=positions)
+    tokens, cache, fresh = text(300), model.make_cache(), model.make_cache()
+    read(model, cache, tokens)
+    open_gap, gone = kvp.fork(cache), kvp.fork(cache)
+    kvp.drop(cache, 290, 296, close=True)
+    read(model, fresh, mx.concatenate([tokens[:, :290], tokens[:, 296:]], axis=1))
+    expected = fresh[0].signals["queries"][:, :, -10:]
+    np.testing.assert_allclose(cache[0].signals["queries"], expected, rtol=1e-3, atol=1e-4)
+    before = open_gap[0].signals["queries"]
+    kvp.drop(open_gap, 290, 296)
+    np.testing.assert_array_equal(open_gap[0].signals["queries"], before[:, :, -4:])
+    kvp.drop(gone, 280, 300)
+    assert "queries" not in gone[0].signals
+    for one in (cache, open_gap, gone):
+        held = one[0].everything()
+        scores = np.array(one[0].scorer.score(held, one[0].signals))
+        assert not np.isnan(scores).any()
+        assert np.isfinite(read(model, one, text(120, 2))).all()
+    kvp.detach(model)
+
+
+@pytest.mark.parametrize("allocator", ["uniform", "head_adaptive"])
+@pytest.mark.parametrize(("start", "stop"), [(0, 50), (2, 50), (0, 57), (1, 3), (0, 60)])
+def test_what_becomes_the_first_of_the_text_keeps_its_place(start, stop, allocator, tmp_path):
+    """A ring shorter than the sinks' number of tokens away from the start, closed up: tokens stand in the order of the text."""
+    model = tiny_model("llama")
+    kvp.attach(model, "knorm", 64, quiet=True, window=4, block=4, positions="cache", allocator=allocator)
+    cache = model.make_cache()
+    read(model, cache, text(60), 4)
+    kvp.drop(cache, start, stop, close=True)
+    kvp.save_cache(tmp_path / "x.safetensors", cache)
+    for one in (cache, kvp.load_cache(tmp_path / "x.safetensors", model)):
+        for length in (1, 3, 90):
+            read(model, one, text(length, 2), 4)
+            for c in bounded(one):
+                at, held = np.array(c.held.at(int(c.offset) - 1)), np.array(c.held.positions())
+                for head in range(2):
+                    live = held[0, head] >= 0
+                    order = np.argsort(held[0, head][live])
+                    assert (np.diff(at[0, head][live][order]) == 1).all()
+    kvp.detach(model)
+
+
 @pytest.mark.parametrize("close", [False, True])
 def test_statistics_of_queries_outlive_what_they_were_asked_of(close):
     """expected_attention: what comes after a dropped span, as far from the queries as before, is worth what it was worth."""

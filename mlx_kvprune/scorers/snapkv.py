@@ -48,6 +48,9 @@ class SnapKV(Scorer):
         return recent(state, seen.queries, self.last)
 
     def score(self, held: Held, state: State) -> mx.array:
+        observed = held.live & (held.positions >= held.now - self.last)  # never evicted
+        if "queries" not in state:  # they were dropped
+            return mx.where(observed, mx.inf, 0.0)
         weights = attention_of(state["queries"], held).mean(axis=3)  # (B, H_kv, gqa_factor, S)
         old = held.live[:, :, None] & (held.positions[:, :, None] < held.now - self.last)
         weights = mx.where(old, weights, 0.0)  # as published, the observation window itself is not pooled
@@ -55,7 +58,9 @@ class SnapKV(Scorer):
             weights = weights.mean(axis=2, keepdims=True)
         pool = max_pool if self.pooling == "max" else mean_pool
         positions = mx.broadcast_to(held.positions[:, :, None], weights.shape)
-        return in_text_order(positions, weights, lambda x: pool(x, self.kernel)).mean(axis=2)
+        return mx.where(
+            observed, mx.inf, in_text_order(positions, weights, lambda x: pool(x, self.kernel)).mean(axis=2)
+        )
 
     def state_nbytes(self, n_heads: int, head_dim: int) -> int:
         return 4 * n_heads * self.last * head_dim

@@ -45,7 +45,7 @@ class PoolSpec:
 
     @property
     def slots(self) -> int:
-        """Slots per KV head that are filled before anything competes for them: whole pages, one at least, where it is ragged."""
+        """Slots per KV head that are filled before anything competes: whole pages, one at least, where it is ragged."""
         return max(1, self.limit // PAGE) * PAGE if self.ragged else self.limit
 
     @property
@@ -128,6 +128,7 @@ class LayerSlots:
         self.whole = True  # nothing was evicted, quantized or dropped: tokens may go back from the pools to the ring
         self.final = 0  # what was written before this cannot be taken back
         self.evicted = False
+        self.sinks = n_sink  # the first positions, which stay in the ring; fewer where some were dropped
         self.pools: list[AnyPool] = []
         self.ranks: list[
             mx.array
@@ -173,7 +174,7 @@ class LayerSlots:
 
     def pinned(self) -> int:
         """Sinks that the ring holds, before all others."""
-        return int((self.ring.positions < self.n_sink).sum())
+        return int((self.ring.positions < self.sinks).sum())
 
     def spare(self) -> int:
         """Tokens that the ring takes before it is full."""
@@ -458,15 +459,22 @@ class LayerSlots:
                 keys = pool.heads_rows("keys")
                 pool.replace_keys(mx.where(later, turn(keys, shift), keys))
             pool.vacate(start, stop, shift)
-        ring = self.ring
+        ring, pinned = self.ring, self.ring.positions[: self.pinned()]
         if shift and turn and ring.count:
             later = device(ring.positions >= stop)[None, None, :, None]
             ring.keys = mx.where(later, turn(ring.keys, shift), ring.keys)
         ring.keep(np.flatnonzero((ring.positions < start) | (ring.positions >= stop)))
         ring.positions = np.where(ring.positions >= stop, ring.positions - shift, ring.positions).astype(np.int32)
         self.written -= shift
+        if shift and self._any_pooled():  # what moved up to the first positions has older tokens in the pools before it
+            left = np.flatnonzero((pinned < start) | (pinned >= stop))
+            self.sinks = min(self.sinks, int(ring.positions[len(left) - 1]) + 1 if len(left) else 0)
         self._settle()
         self._rank()
+
+    def _any_pooled(self) -> bool:
+        """Whether the pools hold a token: one host synchronisation."""
+        return any(bool((pool.heads_positions() >= 0).any()) for pool in self.pools if pool.count)
 
     # -- state -------------------------------------------------------------------------------------------------------
 
@@ -485,12 +493,13 @@ class LayerSlots:
         """What else ``restore`` needs."""
         pools = [pool.numbers() for pool in self.pools]
         state = {"written": self.written, "final": self.final, "evicted": self.evicted, "whole": self.whole}
-        return {**state, "pools": pools}
+        return {**state, "sinks": self.sinks, "pools": pools}
 
     def restore(self, arrays: dict[str, mx.array], numbers: dict[str, Any]) -> None:
         """Take over ``arrays`` and ``numbers`` of another; in objects of its own, for slots are written in place."""
         self.written, self.final, self.evicted = (numbers[name] for name in ("written", "final", "evicted"))
         self.whole = numbers.get("whole", not self.final)  # files from before it was told apart
+        self.sinks = numbers.get("sinks", self.n_sink)
         if not arrays:
             return
         own = {name: mx.array(x) for name, x in arrays.items()}
