@@ -10,12 +10,14 @@ import numpy as np
 from mlx.utils import tree_map
 
 from mlx_kvprune.allocators import floor_pages, share_pages
+from mlx_kvprune.batch import BatchPrunedKVCache
 from mlx_kvprune.cache import PrunedKVCache, question_of
 from mlx_kvprune.scorers import Surprise
 from mlx_kvprune.settings import PAGE
 from mlx_kvprune.vlm import joined, logits_of
 
 Call = Callable[..., Any]
+EMBEDDINGS = ("input_embeddings", "inputs_embeds")  # as mlx-lm and mlx-vlm call them
 
 
 def leaves(caches: Any) -> Iterator[Any]:
@@ -27,6 +29,12 @@ def leaves(caches: Any) -> Iterator[Any]:
 def pruned(caches: Any) -> list[PrunedKVCache]:
     """The bounded ones among ``caches``."""
     return [c for c in leaves(caches) if isinstance(c, PrunedKVCache)]
+
+
+def pending(caches: Any) -> list[Any]:
+    """What there is to evaluate of a (nested) list of caches, so that they can go on in another thread, too."""
+    of_ours = lambda c: [*c.arrays.values(), *c.held.ranks]
+    return [of_ours(c) if isinstance(c, PrunedKVCache) else c.state for c in leaves(caches)]
 
 
 def forward(call: Call, inputs: mx.array, caches: Any, **kwargs: Any) -> Any:
@@ -46,15 +54,43 @@ def forward(call: Call, inputs: mx.array, caches: Any, **kwargs: Any) -> Any:
     bounded = pruned(caches)
     if not bounded or bounded[0].probing:
         return call(inputs, cache=caches, **kwargs)
+    check_whole(caches)
     try:
         if any(c.in_steps for c in bounded):
             return _in_steps(call, inputs, caches, bounded, kwargs)
-        settle(bounded)
-        return call(inputs, cache=caches, **kwargs)
+        moved = settle(bounded)
+        output = call(inputs, cache=caches, **kwargs)
+        if moved or inputs.shape[1] > 1:  # what no attention needed would wait for the next time that slots are chosen
+            mx.async_eval(pending(bounded))
+        return output
     finally:
         for cache in bounded:
             cache.fetched = cache.staged = None  # layers that share an earlier one's keys stage in vain
         _note_peak(bounded)
+
+
+def check_whole(caches: Any) -> None:
+    """See that all layers hold equally many tokens of a sequence: they do not where a forward pass was broken off.
+
+    Raises:
+        ValueError: they hold different numbers.
+    """
+    for layers in zip(*_sequences(caches), strict=True):
+        if len(seen := {(c.tokens_seen, c.held.written) for c in layers}) > 1:
+            read = sorted(n for n, _ in seen)
+            raise ValueError(
+                "[cache] a forward pass was broken off, and layers hold different numbers of tokens; "
+                f"got {read[0]} to {read[-1]}; try a fresh cache, or one that was forked before"
+            )
+
+
+def _sequences(caches: Any) -> Iterator[list[PrunedKVCache]]:
+    """The bounded caches of each layer, one for each sequence."""
+    for cache in caches or ():
+        if isinstance(cache, PrunedKVCache | BatchPrunedKVCache):
+            yield pruned([cache])
+        elif hasattr(cache, "caches"):
+            yield from _sequences(cache.caches)
 
 
 def _note_peak(bounded: list[PrunedKVCache]) -> None:
@@ -64,17 +100,17 @@ def _note_peak(bounded: list[PrunedKVCache]) -> None:
         first.nbytes_peak_all = max(first.nbytes_peak_all, sum(c.nbytes for c in bounded))
 
 
-def settle(bounded: list[PrunedKVCache]) -> None:
+def settle(bounded: list[PrunedKVCache]) -> bool:
     """Before slots are overwritten, choose them and finish what is under way: the writes then happen in place.
 
-    Of a batch, only rows whose ring is full take part.
+    Of a batch, only rows whose ring is full take part. Returns whether slots change hands with the next token.
 
     The one host synchronisation per ``block`` tokens; a second one where heads may hold differently many slots, for then
     it is decided on the host which of them gets a page.
     """
     due = [c for c in bounded if c.held.full()]
     if not due:
-        return
+        return False
     for cache in due:
         if cache.planned is None and cache.held.evicts_next():
             cache.planned = cache.contest()
@@ -85,6 +121,7 @@ def settle(bounded: list[PrunedKVCache]) -> None:
         assert cache.planned is not None
         cache.planned = cache.held.decide(cache.planned, pages)
     mx.eval([_contest_arrays(c) for c in open_ones])
+    return True
 
 
 def _contest_arrays(cache: PrunedKVCache) -> list[mx.array]:
@@ -126,13 +163,13 @@ def leading(bounded: list[PrunedKVCache]) -> PrunedKVCache:
 
 
 def _in_steps(call: Call, inputs: mx.array, caches: Any, bounded: list[PrunedKVCache], kwargs: dict) -> Any:
-    out, start, total = [], 0, inputs.shape[1]
+    out, start, total = [], 0, _length(inputs, kwargs)
     lead = leading(bounded)
     while start < total:
         asked = bool(lead.settings.question) and any(c.held.evicts_next() for c in bounded if not c.local or c is lead)
         if asked:
             probe(call, caches, bounded)
-        settle(bounded)
+        moved = settle(bounded)
         for cache in bounded if asked else ():
             cache.forget_heard()
         span = slice(start, min(total, start + lead.step_room()))
@@ -140,11 +177,21 @@ def _in_steps(call: Call, inputs: mx.array, caches: Any, bounded: list[PrunedKVC
         if isinstance(bounded[0].scorer, Surprise):
             note_surprise(bounded, inputs[:, span], logits_of(output))
         if total > 1:
-            mx.eval([c.arrays if isinstance(c, PrunedKVCache) else c.state for c in leaves(caches)])
+            mx.eval(pending(caches))
+        elif (
+            moved or lead.dense or isinstance(lead.scorer, Surprise)
+        ):  # lest it keep the logits of every token until then
+            mx.async_eval(pending(bounded))
         _note_peak(bounded)
         out.append(output)
         start = span.stop
     return joined(out)
+
+
+def _length(inputs: mx.array, kwargs: dict) -> int:
+    """Tokens of a call, which may bring their embeddings ``(B, L, width)`` alone."""
+    given = (kwargs[name] for name in EMBEDDINGS if kwargs.get(name) is not None)
+    return inputs.shape[1] or next((x.shape[1] for x in given), 0)
 
 
 def _cut(kwargs: dict, span: slice, total: int) -> dict:
@@ -162,6 +209,10 @@ def note_surprise(bounded: list[PrunedKVCache], tokens: mx.array, logits: mx.arr
     first = bounded[0]
     assert isinstance(first.scorer, Surprise)
     batch, n = tokens.shape
+    if n != logits.shape[1]:
+        raise ValueError(
+            f"[policy] surprise reads tokens by their ids; got embeddings of {logits.shape[1]} without; try snapkv"
+        )
     before = first.signals.get("logits")
     previous = logits[:, :1] if before is None else before[:, None]
     earlier = mx.concatenate([previous, logits[:, :-1]], axis=1).astype(mx.float32)

@@ -18,7 +18,7 @@ from mlx_kvprune import session_file
 from mlx_kvprune.attach import attachment_of, check_saved_with, hooked, tell_ropes
 from mlx_kvprune.batch import BatchPrunedKVCache
 from mlx_kvprune.cache import PrunedKVCache
-from mlx_kvprune.forward import leaves, pruned
+from mlx_kvprune.forward import leaves, pending, pruned
 from mlx_kvprune.vlm import decoder, of_mlx_vlm
 
 Path = str | os.PathLike[str]
@@ -62,7 +62,9 @@ def load_notes(path: Path) -> dict[str, Any]:
 def fork(cache: list[Any]) -> list[Any]:
     """A second list of caches that goes its own way from here; nothing is shared that is written."""
     _bounded(cache, "fork")
-    return copy.deepcopy(cache)
+    twin = copy.deepcopy(cache)
+    mx.eval(pending(twin))  # now, for another thread could not
+    return twin
 
 
 def rewind(cache: list[Any], n: int) -> None:
@@ -186,6 +188,7 @@ def unpack(arrays: dict[str, mx.array], meta: dict[str, Any], model: nn.Module) 
     if attachment is None or (bounded and len(bounded) != len(attachment.rung.layers)):
         raise ValueError(f"[load] not the caches of this model; got {len(bounded)} bounded layers; try its own file")
     tell_ropes(model, bounded)
+    mx.eval(pending(cache))
     return cache
 
 
