@@ -209,7 +209,8 @@ def possible(model: nn.Module, conditions: Iterable[Condition]) -> tuple[list[Co
 
 
 def with_gates(model: nn.Module, conditions: Iterable[Condition]) -> tuple[list[Condition], list[str]]:
-    """The conditions whose gates, if they need any, this model has; one note for each policy whose gates it lacks.
+    """The conditions whose gates, if they need any, this model has; one note for each policy whose gates it lacks,
+    and for each file that serves nobody.
 
     Of several files each is tried with each policy: that one serves another policy, which has what it needs, is no news.
     """
@@ -221,11 +222,13 @@ def with_gates(model: nn.Module, conditions: Iterable[Condition]) -> tuple[list[
             if asked not in missing:
                 gate_bytes(model, condition)
         except ValueError as error:
-            missing[asked] = f"{condition.policy} skipped: {error}"
+            missing[asked] = error
         if asked not in missing:
             kept.append(condition)
     served, used = {c.policy for c in kept}, {place(c) for c in kept}
-    return kept, [note for (policy, where), note in missing.items() if policy not in served or where not in used]
+    lacking = [(policy, error) for (policy, _), error in missing.items() if policy not in served]
+    idle = {where: error for (policy, where), error in missing.items() if policy in served and where not in used}
+    return kept, [f"{name} skipped: {error}" for name, error in (*lacking, *idle.items())]
 
 
 def gate_id(model: nn.Module, condition: Condition) -> str:
