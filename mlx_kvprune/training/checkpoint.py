@@ -28,6 +28,7 @@ class Progress:
         seconds: that the training took so far.
         curve: KL of each step of training.
         checks: ``[step, {share: KL}]`` on held-out texts.
+        pace: seconds that a step took, with all that is done between steps; zero before it is known.
     """
 
     done: int = 0
@@ -36,6 +37,7 @@ class Progress:
     seconds: float = 0.0
     curve: list[float] = field(default_factory=list)
     checks: list[list[Any]] = field(default_factory=list)
+    pace: float = 0.0
 
 
 def place(out: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -149,6 +150,11 @@ class Distiller:
         self.done += 1
         return float(value.item()), float(kl.item())
 
+    def shorten(self, steps: int) -> None:
+        """Let rates fall, and all else that goes by steps, as if this training had so many."""
+        self.recipe = replace(self.recipe, steps=steps)
+        self.optimizer = with_state_of(self.optimizer, optimizer_for(self.recipe), self.gates)
+
     def held_out(self, readings: Sequence[Reading]) -> dict[str, float]:
         """``held_out`` of the gates as they are."""
         return held_out(self.gates, self.model, readings, self.whitening, self.recipe)
@@ -181,6 +187,13 @@ def restore_optimizer(optimizer: optim.Optimizer, module: nn.Module, arrays: dic
     """Give an optimizer the state that it had."""
     optimizer.init(module.trainable_parameters())
     optimizer.state = tree_unflatten(list(arrays.items()))
+
+
+def with_state_of(old: optim.Optimizer, new: optim.Optimizer, module: nn.Module) -> optim.Optimizer:
+    """The new optimizer, which goes on where the old one stands."""
+    if (state := flat(old.state)) and any(name.endswith(".m") for name in state):
+        restore_optimizer(new, module, state)
+    return new
 
 
 def flat(tree: Any) -> dict[str, mx.array]:

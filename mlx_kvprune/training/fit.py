@@ -34,6 +34,7 @@ from mlx_kvprune.training.texts import Texts, credits, plain
 from mlx_kvprune.training.whitening import Whitening
 
 BEST, WHITENING = "best.", "whitening."  # prefixes of a checkpoint's arrays
+KNOWN, SLACK = 3, 0.95  # steps that say how long one takes; the least part of the planned steps that may stay as planned
 LEVELLED = 4  # texts that say where decay starts
 SPEAKS, ASKS = 1, 2  # of the seeds of texts: whether the n-th is a conversation; what is said in it
 
@@ -257,9 +258,11 @@ class _Training:
 
     def _distil(self, distiller: Distiller, progress: Progress) -> None:
         """Steps, and looks at held-out texts between them; afterwards the gates are the best that were seen."""
-        steps = self.plan.recipe.steps
         self._keep(distiller, progress)
+        begun = progress.done, self.seconds
         while True:
+            self._fit_in_time(distiller, progress, *begun)
+            steps = distiller.recipe.steps
             last = progress.done >= steps or self._time_is_over(progress)
             looked = progress.checks and progress.checks[-1][0] == progress.done
             if not looked and (last or progress.done % self.plan.every == 0):
@@ -307,6 +310,24 @@ class _Training:
         if enough := progress.stale >= self.plan.looks:
             self.watch.say(f"[fit] no gain in {progress.stale} looks: stopping, with the best that was seen")
         return enough
+
+    def _fit_in_time(self, distiller: Distiller, progress: Progress, done: int, seconds: float) -> None:
+        """Let rates fall within the steps that ``minutes`` have room for, where these are fewer than planned.
+
+        Args:
+            done: steps before this run's first.
+            seconds: when it began.
+        """
+        if self.minutes is None:
+            return
+        if (taken := progress.done - done) >= KNOWN:
+            progress.pace = (self.seconds - seconds) / taken
+        room = 60 * self.minutes - self.seconds
+        if progress.pace and room > 0 and room < SLACK * progress.pace * (distiller.recipe.steps - progress.done):
+            fit = progress.done + max(1, int(room / progress.pace))
+            if distiller.recipe.steps == self.plan.recipe.steps:
+                self.watch.say(f"[fit] {self.minutes:g} minutes have room for about {fit} steps: rates fall in as many")
+            distiller.shorten(fit)
 
     def _time_is_over(self, progress: Progress) -> bool:
         """Whether to stop because of ``minutes``; says so."""

@@ -29,6 +29,7 @@ from mlx_kvprune.training.distill import (
     restore_optimizer,
     scores_of,
     under,
+    with_state_of,
 )
 from mlx_kvprune.training.objective import Bounds, budget_biases, divergence
 from mlx_kvprune.training.objectives import OBJECTIVES
@@ -129,6 +130,12 @@ class JointDistiller(Distiller):
             return biases(raws[-1])
 
         return run_live(self.model, tokens, bias_of)
+
+    def shorten(self, steps: int) -> None:
+        old = self.optimizer, self.model_optimizer
+        super().shorten(steps)
+        self.optimizer = with_state_of(old[0], optimizer_for(self.recipe, FASTER), self.gates)
+        self.model_optimizer = with_state_of(old[1], optimizer_for(self.recipe), self.model)
 
     def held_out(self, readings: Sequence[Reading]) -> dict[str, float]:
         """KL from the model as it was, with the full cache, of the last segment; budgets of each layer."""

@@ -23,6 +23,7 @@ from mlx_kvprune import models
 from mlx_kvprune.cli import main as cli
 from mlx_kvprune.gates import files
 from mlx_kvprune.training import checkpoint, fit
+from mlx_kvprune.training.distill import Distiller
 from mlx_kvprune.training.plan import Plan
 from mlx_kvprune.training.pool import Pool
 
@@ -235,6 +236,33 @@ def test_stops_without_gain_and_when_time_is_over(tiny, book, tmp_path):
     watch = Quiet()
     found = fit.fit(model, tokenizer, plan, tmp_path / "b.safetensors", watch, minutes=0.0)
     assert found.progress.done == 0 and any("minutes are over" in line for line in watch.lines)
+    kvp.detach(model)
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_rates_fall_within_the_minutes_that_there_are(tiny, book, tmp_path, monkeypatch, interrupted):
+    """A step takes ten seconds by a clock of its own: of 400 planned, twelve fit into two minutes, also when it goes on."""
+    clock, rates, stepped = [0.0], [], Distiller.step
+
+    def step(self, readings):
+        clock[0] += 10.0
+        found = stepped(self, readings)
+        rates.extend(float(x) for name, x in self.state.items() if name.endswith("1.learning_rate"))
+        return found
+
+    monkeypatch.setattr(fit.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(Distiller, "step", step)
+    model, tokenizer = models.load(tiny)
+    plan = Plan(data=(str(book),), texts=2, tokens=512, steps=400, check=40)
+    watch, out = Quiet(6 if interrupted else -1), tmp_path / "a.safetensors"
+    if interrupted:
+        with pytest.raises(KeyboardInterrupt):
+            fit.fit(model, tokenizer, plan, out, watch, minutes=2.0)
+        watch = Quiet()
+    found = fit.fit(model, tokenizer, plan, out, watch, minutes=2.0)
+    assert 11 <= found.progress.done <= 13
+    assert any("2 minutes have room for about 1" in line and "rates fall" in line for line in watch.lines)
+    assert rates[-1] < 0.1 * max(rates)
     kvp.detach(model)
 
 

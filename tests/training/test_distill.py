@@ -215,6 +215,36 @@ def test_a_restored_distiller_goes_on_as_if_nothing_had_happened(model, pool, ta
         assert mx.array_equal(x, again.state[name]), name
 
 
+@pytest.mark.parametrize("joint", [False, True])
+@pytest.mark.parametrize("bias_rate", [0.0, 0.02])
+def test_a_shortened_distiller_ends_as_a_short_one(pool, joint, bias_rate):
+    """Rates are those of a training of as many steps; what the optimizer remembers stays."""
+    model = zoo.tiny_model("llama")
+    hooked(model)
+    if joint:
+        let_learn(model, 4, 0)
+    made = JointDistiller if joint else Distiller
+    start = lambda steps: made(
+        gates_for(model, "mlp"), model, Whitening.of(pool, "mlp"), recipe("spkv", steps=steps, bias_rate=bias_rate)
+    )
+    rates = lambda found: {name: float(x) for name, x in found.state.items() if name.endswith("learning_rate")}
+    long, short = start(400), start(12)
+    for _ in range(6):
+        long.step(pool)
+        short.step(pool)
+    before = long.state
+    long.shorten(12)
+    assert all(mx.array_equal(x, before[name]) for name, x in long.state.items() if not name.endswith("rate"))
+    for _ in range(5):
+        long.step(pool)
+        short.step(pool)
+    assert rates(long) == pytest.approx(rates(short)) and long.recipe.steps == 12
+    fresh = start(400)
+    fresh.shorten(12)  # before it has taken a step
+    fresh.step(pool)
+    kvp.detach(model)
+
+
 def test_quantized_weights_cannot_learn():
     model = zoo.tiny_model("llama")
     check_learns(model, 0)
