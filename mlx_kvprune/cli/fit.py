@@ -87,7 +87,13 @@ Memory = Annotated[
 Steps = Annotated[int | None, _option("--steps", panel=HOW, metavar="N", min=1, help="Of distillation. Default: 600.")]
 Minutes = Annotated[
     float | None,
-    _option("--minutes", panel=HOW, metavar="X", min=0.0, help="Distil no longer than this, reading counted; rates fall in as many steps."),
+    _option(
+        "--minutes",
+        panel=HOW,
+        metavar="X",
+        min=0.0,
+        help="Distil no longer than this, reading counted; rates fall in as many steps.",
+    ),
 ]
 Form = Annotated[
     str | None,

@@ -11,9 +11,9 @@ from mlx_kvprune.scorers.base import Held, Scorer, State
 class Tova(Scorer):
     """``score_i`` = attention weight that the newest query gives token i, mean over all heads of the layer.
 
-    The same for every KV head of a layer, as published. Oren et al. 2024, "Transformers are Multi-State RNNs"
-    (arXiv 2401.06104). Where heads compete for slots (``head_adaptive``, ``global``) each KV head scores by its own query
-    heads: with one score for all of them there would be nothing to share out.
+    The same for every KV head of a layer, as published: so ``head_adaptive`` finds nothing to share out. Where heads hold
+    different tokens all the same (``global``), the mean is over those that hold the token. Oren et al. 2024, "Transformers
+    are Multi-State RNNs" (arXiv 2401.06104).
     """
 
     needs = frozenset({"attention"})
@@ -24,6 +24,10 @@ class Tova(Scorer):
 
     def score(self, held: Held, state: State) -> mx.array:
         assert held.memory is not None
-        if held.ragged:
-            return held.memory
-        return mx.broadcast_to(held.memory.mean(axis=1, keepdims=True), held.memory.shape)
+        if not held.ragged:
+            return mx.broadcast_to(held.memory.mean(axis=1, keepdims=True), held.memory.shape)
+        at = mx.where(held.live, held.positions, held.now)  # one entry a token, and one for empty slots
+        rows = mx.arange(at.shape[0])[:, None, None]
+        none = mx.zeros((at.shape[0], held.now + 1))
+        total, heads = none.at[rows, at].add(held.memory), none.at[rows, at].add(mx.ones(at.shape))
+        return (total / mx.maximum(heads, 1))[rows, at]
