@@ -51,6 +51,7 @@ class Attachment:
         unranked: why positions in the cache cannot be had; None as long as that was not tried.
         gates: those that were loaded, or given, by method and by where they came from (empty: the model's own).
         stamps: of the files that they were read from: one that was written anew is read again.
+        identities: of the gates, as saved caches know them.
         own_make_cache: what stood in the place of ``make_cache`` on the instance, if anything did.
     """
 
@@ -61,6 +62,7 @@ class Attachment:
     own_make_cache: Any = None
     gates: dict[tuple[str, str], Gates] = field(default_factory=dict)
     stamps: dict[tuple[str, str], tuple[int, int] | None] = field(default_factory=dict)
+    identities: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def __str__(self) -> str:
         name = f"{self.rung.name} ({len(self.rung.layers)} layers bounded"
@@ -231,8 +233,8 @@ def _ranked(slots: list[int] | None, model: nn.Module, settings: CacheSettings) 
         return slots
     if most < settings.smallest_budget:
         raise ValueError(
-            f"[positions] sinks, window and ring are more than the {most} positions that the model was trained for; got "
-            f"{settings.n_sink} + {settings.ring_size}; try a smaller --window"
+            f"[positions] sinks, ring and the least that is held beside them need {settings.smallest_budget} slots, and the "
+            f"model was trained for {most} positions; got a window of {settings.window}; try a smaller --window"
         )
     return [min(n, most) for n in slots]
 
@@ -385,8 +387,16 @@ def tell_ropes(model: nn.Module, bounded: list[PrunedKVCache]) -> None:
 
 
 def _tell_gate(model: nn.Module, cache: PrunedKVCache) -> None:
-    if cache.needs_gate:
-        cache.gate = functools.partial(gates_of(model, cache.settings), cache.layer)
+    if not cache.needs_gate:
+        return
+    cache.gate, settings = functools.partial(gates_of(model, cache.settings), cache.layer), cache.settings
+    now = model.__dict__[SLOT].identities[policy_for(settings)[0].gates, settings.gates]
+    if cache.gates_id not in ("", now):
+        raise ValueError(
+            f"[load] made with other gates of {settings.policy!r}, whose scores do not compare; got {now}, it had "
+            f"{cache.gates_id}; try the gates that it was made with, or a fresh cache"
+        )
+    cache.gates_id = now
 
 
 def gates_of(model: nn.Module, settings: CacheSettings) -> Gates:
@@ -401,7 +411,7 @@ def gates_of(model: nn.Module, settings: CacheSettings) -> Gates:
     anew = stamp is not None and attachment.stamps.get(key, stamp) != stamp
     if key not in attachment.gates or anew:
         attachment.gates[key] = _fitting(attachment.rung, gate_files.load_for(model, method, settings.gates))
-        attachment.stamps[key] = stamp
+        attachment.stamps[key], attachment.identities[key] = stamp, attachment.gates[key].identity()
     return attachment.gates[key]
 
 
@@ -427,6 +437,7 @@ def use_gates(model: nn.Module, method: str, gates: Gates) -> None:
         raise ValueError(f"[gates] no method of gates; got {method!r}; try one of: {', '.join(known)}")
     attachment = hooked(model)
     attachment.gates[method, ""] = _fitting(attachment.rung, gates)
+    attachment.identities[method, ""] = gates.identity()
 
 
 def _fitting(rung: Rung, gates: Gates) -> Gates:

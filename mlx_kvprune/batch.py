@@ -135,7 +135,7 @@ class BatchPrunedKVCache:
     def extract(self, idx: int) -> Any:
         """A copy of one row's cache; it is evaluated, lest its lazy graph keep the batch alive."""
         cache = copy.deepcopy(self.rows[idx].cache)
-        mx.eval(cache.state)  # now, for another thread could not
+        mx.async_eval(cache.state)
         return cache
 
     # -- a padded prompt ---------------------------------------------------------------------------------------------

@@ -108,6 +108,7 @@ class PrunedKVCache:
         self.n_heads: int | None = None  # query heads, once they were seen
         self.planned: Contest | None = None  # what the next upkeep does, if it was chosen ahead
         self.turns: tuple[int, ...] = ()  # positions at which finished turns of a conversation end
+        self.broken = False  # whether a forward pass was broken off, so that layers may hold different tokens
         self.probing = False
         self.heard: mx.array | None = None  # the question's attention to what is held, after a probe
         self.fetched: tuple[Any, Any] | None = None  # what update_and_fetch returned, while the forward pass runs
@@ -118,6 +119,7 @@ class PrunedKVCache:
         self.alone = ""  # why the model cannot be batched, if it cannot
         self.longest: int | None = None  # positions that the model was trained for, where those in the cache are meant
         self.model_id = ""  # says whose keys these are
+        self.gates_id = ""  # and which gates said what its tokens are worth
         self.model: weakref.ref[Any] | None = None  # whose they are, once that is known
         self._rope: Shared | None = None
         self._gate: Shared | None = None
@@ -284,6 +286,7 @@ class PrunedKVCache:
             self._set_offset(self.held.written)
             self.turns = tuple(x for x in self.turns if x <= self.held.written)
             self._note_peak()  # slots that went back to the ring leave their place in the pool allocated
+            mx.eval(self.pending)
         return n
 
     def drop(self, start: int, stop: int, close: bool) -> None:
@@ -310,6 +313,7 @@ class PrunedKVCache:
         self.turns = tuple(dict.fromkeys(x for x in turns if x))  # a turn that is gone whole needs no floor
         self._set_offset(self.held.written)
         self._note_peak()
+        mx.eval(self.pending)
 
     def _queries_without(
         self, queries: mx.array, start: int, stop: int, shift: int, turn: Callable[[mx.array, int], mx.array] | None
@@ -360,6 +364,11 @@ class PrunedKVCache:
         return {**self.held.arrays(), **{f"signal.{name}": x for name, x in self.signals.items()}}
 
     @property
+    def pending(self) -> list[mx.array]:
+        """All that there may be to evaluate: without it another thread could not go on."""
+        return [*self.arrays.values(), *self.held.ranks]
+
+    @property
     def state(self) -> tuple[Any, ...]:
         """Leaves that mlx-lm can evaluate and save: a line of JSON, then arrays."""
         arrays = self.arrays
@@ -373,12 +382,14 @@ class PrunedKVCache:
             "peak": self.nbytes_peak,
             "peak_all": self.nbytes_peak_all,
             "seen": self.tokens_seen,
+            "broken": self.broken,
             "offset": self.offset,
             "frame": self.frame,
             "turns": self.turns,
             "scale": self.scale,
             "heads": self.n_heads,
             "model": self.model_id,
+            "gates": self.gates_id,
             "alone": self.alone,
         }
         return (json.dumps(meta), *arrays.values())
@@ -392,6 +403,7 @@ class PrunedKVCache:
         self.nbytes_peak, self.tokens_seen, self.offset = meta["peak"], meta["seen"], meta["offset"]
         self.frame, self.turns, self.scale = meta["frame"], tuple(meta["turns"]), meta["scale"]
         self.n_heads, self.model_id, self._rope = meta["heads"], meta["model"], rope
+        self.gates_id, self.broken = meta.get("gates", ""), meta.get("broken", False)  # files may be older
         self.nbytes_peak_all, self.alone = meta["peak_all"], meta["alone"]
         self._gate = gate
         arrays = dict(zip(meta["arrays"], leaves[1:], strict=True))
@@ -636,6 +648,7 @@ class PrunedKVCache:
             next=newest + 1 if cache_positions else self.held.written,
             turned=not cache_positions,
             ragged=self.settings.ragged,
+            sinks=self.held.sinks,
         )
 
     def _observe(self, queries: mx.array, seen: Attended, at: int) -> mx.array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -10,7 +11,6 @@ import numpy as np
 from mlx.utils import tree_map
 
 from mlx_kvprune.allocators import floor_pages, share_pages
-from mlx_kvprune.batch import BatchPrunedKVCache
 from mlx_kvprune.cache import PrunedKVCache, question_of
 from mlx_kvprune.scorers import Surprise
 from mlx_kvprune.settings import PAGE
@@ -33,8 +33,7 @@ def pruned(caches: Any) -> list[PrunedKVCache]:
 
 def pending(caches: Any) -> list[Any]:
     """What there is to evaluate of a (nested) list of caches, so that they can go on in another thread, too."""
-    of_ours = lambda c: [*c.arrays.values(), *c.held.ranks]
-    return [of_ours(c) if isinstance(c, PrunedKVCache) else c.state for c in leaves(caches)]
+    return [c.pending if isinstance(c, PrunedKVCache) else c.state for c in leaves(caches)]
 
 
 def forward(call: Call, inputs: mx.array, caches: Any, **kwargs: Any) -> Any:
@@ -54,43 +53,49 @@ def forward(call: Call, inputs: mx.array, caches: Any, **kwargs: Any) -> Any:
     bounded = pruned(caches)
     if not bounded or bounded[0].probing:
         return call(inputs, cache=caches, **kwargs)
-    check_whole(caches)
+    check_whole(bounded)
+    before = _progress(caches)
     try:
         if any(c.in_steps for c in bounded):
             return _in_steps(call, inputs, caches, bounded, kwargs)
         moved = settle(bounded)
         output = call(inputs, cache=caches, **kwargs)
-        if moved or inputs.shape[1] > 1:  # what no attention needed would wait for the next time that slots are chosen
-            mx.async_eval(pending(bounded))
+        if moved or _length(inputs, kwargs) > 1:  # else what attention does not need waits until slots are chosen again
+            with contextlib.suppress(ValueError):  # under a transformation, which evaluates nothing
+                mx.async_eval(pending(bounded))
         return output
+    except BaseException:
+        if _progress(caches) != before:
+            for cache in bounded:
+                cache.broken = True
+        raise
     finally:
         for cache in bounded:
             cache.fetched = cache.staged = None  # layers that share an earlier one's keys stage in vain
         _note_peak(bounded)
 
 
-def check_whole(caches: Any) -> None:
-    """See that all layers hold equally many tokens of a sequence: they do not where a forward pass was broken off.
+def check_whole(bounded: list[PrunedKVCache]) -> None:
+    """See that no forward pass over these caches was broken off: layers may then hold different numbers of tokens.
 
     Raises:
-        ValueError: they hold different numbers.
+        ValueError: one was.
     """
-    for layers in zip(*_sequences(caches), strict=True):
-        if len(seen := {(c.tokens_seen, c.held.written) for c in layers}) > 1:
-            read = sorted(n for n, _ in seen)
-            raise ValueError(
-                "[cache] a forward pass was broken off, and layers hold different numbers of tokens; "
-                f"got {read[0]} to {read[-1]}; try a fresh cache, or one that was forked before"
-            )
+    if any(c.broken for c in bounded):
+        read = sorted(c.held.written for c in bounded)
+        raise ValueError(
+            f"[cache] a forward pass was broken off, and layers may hold different tokens; got {read[0]} to {read[-1]} of "
+            "them; try a fresh cache, or one that was forked before"
+        )
 
 
-def _sequences(caches: Any) -> Iterator[list[PrunedKVCache]]:
-    """The bounded caches of each layer, one for each sequence."""
-    for cache in caches or ():
-        if isinstance(cache, PrunedKVCache | BatchPrunedKVCache):
-            yield pruned([cache])
-        elif hasattr(cache, "caches"):
-            yield from _sequences(cache.caches)
+def _progress(caches: Any) -> list[Any]:
+    """What changes in every single cache when a token comes: of recurrent states, which arrays they are."""
+    bounded = lambda c: (c.tokens_seen, c.held.written)
+    other = lambda c: (
+        c.offset if isinstance(getattr(c, "offset", None), int) else [id(x) for x in getattr(c, "cache", None) or ()]
+    )
+    return [bounded(c) if isinstance(c, PrunedKVCache) else other(c) for c in leaves(caches)]
 
 
 def _note_peak(bounded: list[PrunedKVCache]) -> None:
@@ -165,6 +170,8 @@ def leading(bounded: list[PrunedKVCache]) -> PrunedKVCache:
 def _in_steps(call: Call, inputs: mx.array, caches: Any, bounded: list[PrunedKVCache], kwargs: dict) -> Any:
     out, start, total = [], 0, _length(inputs, kwargs)
     lead = leading(bounded)
+    if total != inputs.shape[1] and isinstance(lead.scorer, Surprise):
+        raise ValueError(f"[policy] surprise reads tokens by their ids; got embeddings of {total} without; try snapkv")
     while start < total:
         asked = bool(lead.settings.question) and any(c.held.evicts_next() for c in bounded if not c.local or c is lead)
         if asked:
@@ -209,10 +216,6 @@ def note_surprise(bounded: list[PrunedKVCache], tokens: mx.array, logits: mx.arr
     first = bounded[0]
     assert isinstance(first.scorer, Surprise)
     batch, n = tokens.shape
-    if n != logits.shape[1]:
-        raise ValueError(
-            f"[policy] surprise reads tokens by their ids; got embeddings of {logits.shape[1]} without; try snapkv"
-        )
     before = first.signals.get("logits")
     previous = logits[:, :1] if before is None else before[:, None]
     earlier = mx.concatenate([previous, logits[:, :-1]], axis=1).astype(mx.float32)

@@ -18,7 +18,7 @@ from mlx_kvprune import session_file
 from mlx_kvprune.attach import attachment_of, check_saved_with, hooked, tell_ropes
 from mlx_kvprune.batch import BatchPrunedKVCache
 from mlx_kvprune.cache import PrunedKVCache
-from mlx_kvprune.forward import leaves, pending, pruned
+from mlx_kvprune.forward import check_whole, leaves, pending, pruned
 from mlx_kvprune.vlm import decoder, of_mlx_vlm
 
 Path = str | os.PathLike[str]
@@ -198,4 +198,5 @@ def _bounded(cache: list[Any], where: str) -> list[PrunedKVCache]:
         raise ValueError(
             f"[{where}] not a list of bounded caches; got {type(cache).__name__}; try model.make_cache() after attach"
         )
+    check_whole(bounded)
     return bounded

@@ -171,7 +171,7 @@ def test_no_layer_holds_more_than_the_model_was_trained_for(allocator, budget, m
 def test_a_window_beyond_the_trained_context():
     model = zoo.tiny_model("llama")
     with pytest.raises(
-        ValueError, match=r"\[positions\] .* more than the 512 positions .* got 4 \+ 532; try a smaller"
+        ValueError, match=r"\[positions\] .* need 537 slots.* 512 positions; got a window of 500; try a"
     ):
         kvp.attach(model, budget=2000, window=500, positions="cache", quiet=True)
 

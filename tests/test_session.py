@@ -532,6 +532,38 @@ def test_what_becomes_the_first_of_the_text_keeps_its_place(start, stop, allocat
     kvp.detach(model)
 
 
+def test_sinks_come_back_where_nothing_older_is_left():
+    """After all was dropped, or all that had left the ring: what is read then begins with sinks of its own."""
+    model = tiny_model("llama")
+    kvp.attach(model, "knorm", 64, quiet=True, window=4, block=4)
+    for start, stop in ((0, 60), (0, 57)):
+        cache = model.make_cache()
+        read(model, cache, text(60), 4)
+        kvp.drop(cache, 0, 50, close=True)
+        assert cache[0].held.sinks == 0
+        assert (np.array(cache[0].evictable())[np.array(cache[0].held.positions()) == 0]).all()
+        kvp.drop(cache, 0, cache[0].held.written - (60 - stop), close=True)
+        read(model, cache, text(200, 2), 4)
+        positions = np.array(cache[0].held.positions())
+        assert all(set(range(4)) <= set(row.tolist()) for row in positions[0])
+    kvp.detach(model)
+
+
+def test_expected_attention_scores_what_became_the_first():
+    model = tiny_model("llama")
+    kvp.attach(model, "expected_attention", 64, quiet=True, window=4, block=4)
+    cache = model.make_cache()
+    read(model, cache, text(60), 4)
+    kvp.drop(cache, 0, 4, close=True)
+    read(model, cache, text(9, 2), 4)
+    held = cache[0].everything()
+    scores, positions = np.array(cache[0].scorer.score(held, cache[0].signals)), np.array(held.positions)
+    pooled = positions[:, :, : cache[0].held.last.count]
+    first = scores[:, :, : pooled.shape[2]][(pooled >= 0) & (pooled < 4)]
+    assert first.size and (first > 0).all()
+    kvp.detach(model)
+
+
 @pytest.mark.parametrize("close", [False, True])
 def test_statistics_of_queries_outlive_what_they_were_asked_of(close):
     """expected_attention: what comes after a dropped span, as far from the queries as before, is worth what it was worth."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -10,7 +9,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from mlx_kvprune.attach import gates_of, hooked, make_cache, settings_from
 from mlx_kvprune.documents import prefill
@@ -236,9 +234,9 @@ def gate_id(model: nn.Module, condition: Condition) -> str:
     if not find(condition.policy).gates:
         return ""
     hooked(model)
-    gates = gates_of(model, settings_from(policy=condition.policy, gates=dict(condition.more).get("gates", "")))
-    known = [np.array(x.astype(mx.float32)).tobytes() for _, x in sorted(gates.arrays().items())]
-    return hashlib.sha256(b"".join(known)).hexdigest()[:12]
+    return gates_of(
+        model, settings_from(policy=condition.policy, gates=dict(condition.more).get("gates", ""))
+    ).identity()
 
 
 def gate_bytes(model: nn.Module, condition: Condition) -> int:

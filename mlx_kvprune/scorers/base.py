@@ -35,6 +35,7 @@ class Held:
         next: the position that the next token's query is rotated to: ``now``, unless positions are those in the cache.
         turned: whether queries that were seen are as the model rotated them.
         ragged: whether heads may hold different tokens in a slot of one number, because they compete for slots.
+        sinks: the first positions, which are never evicted, as far as there are such; None for those of the settings.
     """
 
     keys: mx.array
@@ -48,6 +49,7 @@ class Held:
     next: int = 0
     turned: bool = True
     ragged: bool = False
+    sinks: int | None = None
 
     @property
     def live(self) -> mx.array:

@@ -59,7 +59,8 @@ class ExpectedAttention(Scorer):
         if self.covariance:
             spread = (turn.T @ spread @ turn).reshape(*grouped, width, width)
             logits = logits + held.scale**2 / 2 * ((keys @ spread) * keys).sum(axis=-1)
-        sinks = held.positions[:, :, None] < self.n_sink  # always kept (or empty): as published, they take no share
+        n_sink = self.n_sink if held.sinks is None else min(self.n_sink, held.sinks)
+        sinks = held.positions[:, :, None] < n_sink  # always kept (or empty): as published, they take no share
         weights = softmax(mx.where(sinks, -mx.inf, logits)).mean(axis=2)
         if not self.value_norm:
             return weights

@@ -469,6 +469,8 @@ class LayerSlots:
         if shift and self._any_pooled():  # what moved up to the first positions has older tokens in the pools before it
             left = np.flatnonzero((pinned < start) | (pinned >= stop))
             self.sinks = min(self.sinks, int(ring.positions[len(left) - 1]) + 1 if len(left) else 0)
+        elif shift:  # else the ring begins with them, as ever
+            self.sinks = self.n_sink
         self._settle()
         self._rank()
 

@@ -143,6 +143,9 @@ class OneToken:
         self.shape, self.seen = GateShape("linear", (8,) * len(heads), tuple(heads)), [0] * len(heads)
         self.nbytes = 0
 
+    def identity(self) -> str:
+        return "one token"
+
     def __call__(self, layer: int, x: mx.array) -> mx.array:
         self.seen[layer] += x.shape[1]
         return mx.stack([x[..., h : h + 4].sum(axis=-1) for h in range(self.shape.heads[layer])], axis=1)

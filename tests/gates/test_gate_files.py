@@ -13,6 +13,7 @@ from gate_helpers import FORM, caches_for, gated_model, random_gates, read, text
 
 import mlx_kvprune as kvp
 from mlx_kvprune.attach import gates_of, hooked, use_gates
+from mlx_kvprune.forward import pruned
 from mlx_kvprune.gates import FORMS, GateShape, files
 from mlx_kvprune.gates.files import Card
 
@@ -254,6 +255,23 @@ def test_a_saved_cache_remembers_where_its_gates_are(path, tmp_path):
     again = gated_model()
     loaded = kvp.load_cache(tmp_path / "cache.safetensors", again)
     np.testing.assert_allclose(read(again, loaded, text(340)[:, 300:]), expected, rtol=1e-5, atol=1e-5)
+    kvp.detach(again)
+
+
+def test_a_saved_cache_knows_gates_that_were_replaced(path, tmp_path):
+    """What its tokens are worth was said by others: numbers of two trainings do not compare."""
+    model = gated_model()
+    caches = caches_for(model, "retention", 200, gates=str(path))
+    read(model, caches, text(300))
+    kvp.save_cache(tmp_path / "cache.safetensors", caches)
+    assert pruned(kvp.load_cache(tmp_path / "cache.safetensors", model))[0].gates_id
+    files.save(path, random_gates("shared", seed=7), model, Card("retention"))
+    kvp.detach(model)
+    again = gated_model()
+    with pytest.raises(
+        ValueError, match=r"\[load\] made with other gates of 'retention'.* try the gates that it was made"
+    ):
+        kvp.load_cache(tmp_path / "cache.safetensors", again)
     kvp.detach(again)
 
 
