@@ -30,7 +30,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "surprise": {"policy": "surprise"},
     "probe": {"policy": "probe", "question": (5, 6, 7)},
     "retention": {"policy": "retention"},
-    "knorm, where the model attends itself": {"policy": "knorm", "name": "minicpm3"},
+    "knorm, where the model attends itself": {"policy": "knorm", "name": "plamo"},
 }
 
 
