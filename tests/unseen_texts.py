@@ -120,6 +120,7 @@ def main() -> None:
         if make is mathematics and not list(Path(sys.argv[1]).glob("math500.jsonl.gz")):
             continue
         text = make(Path(sys.argv[1]))
+        Path(sys.argv[2]).mkdir(parents=True, exist_ok=True)
         (Path(sys.argv[2]) / f"{name}.txt").write_text(text, encoding="utf-8")
         print(f"{name}.txt: {len(text):,} characters")
 
