@@ -4,7 +4,7 @@
 
 Each row is trained as `fit` does, utility first and then a short distillation, and measured as `fit` measures: KL of the last
 256 tokens of held-out texts over a full cache's context of which the gates leave a quarter, an eighth, a sixteenth. It takes
-about half an hour. Short trainings on few texts: rows are to be compared with each other, not with the gates that are shipped.
+about 50 minutes. Short trainings on few texts: rows are to be compared with each other, not with the gates that are shipped.
 """
 
 from __future__ import annotations
@@ -52,10 +52,11 @@ VARIANTS = (
 
 
 def trained(
-    model: Any, variant: Variant, texts: list[Reading], held: list[Reading], steps: int, target: str
+    model: Any, variant: Variant, texts: list[Reading], held: list[Reading], asked: argparse.Namespace
 ) -> list[dict[str, float]]:
     """KL on held-out texts by share: after the first stage, and after both."""
-    plan = Plan(method="retention", steps=steps, **{"form": "shared", "target": target, **variant.plan})
+    given = {"form": "shared", "target": asked.target, "seed": asked.seed, **variant.plan}
+    plan = Plan(method="retention", steps=asked.steps, **given)
     recipe: Recipe = replace(plan.recipe, **variant.recipe)
     widths = tuple(layer.x.shape[1] for layer in held[0].layers)
     gates = Gates(plan.shape(hooked(model).rung, widths), seed=plan.seed)
@@ -64,7 +65,7 @@ def trained(
     found = [held_out(gates, model, held, whitening, recipe)]
     distiller = Distiller(gates, model, whitening, recipe)
     distiller.begin(texts[:LEVELLED])
-    for _ in range(steps):
+    for _ in range(asked.steps):
         distiller.step(texts)
     return [*found, distiller.held_out(held)]
 
@@ -93,6 +94,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=1024, help="of a text")
     parser.add_argument("--steps", type=int, default=50, help="of distillation")
     parser.add_argument("--target", default="decay", help="of distillation, where a row does not say another")
+    parser.add_argument("--seed", type=int, default=0, help="of a row's training, where it does not say another")
     parser.add_argument("--only", default="", help="rows that have this in their name")
     asked = parser.parse_args()
     model, tokenizer = load(asked.model, dtype="float32")
@@ -107,7 +109,7 @@ def main() -> None:
     print(line("recency alone", recency(model, held, how)), flush=True)
     for variant in (v for v in VARIANTS if asked.only in v.name):
         began = time.monotonic()
-        kls = trained(model, variant, texts, held, asked.steps, asked.target)
+        kls = trained(model, variant, texts, held, asked)
         print(line(variant.name, *kls, minutes=(time.monotonic() - began) / 60), flush=True)
     kvp.detach(model)
 
