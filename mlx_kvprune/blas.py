@@ -13,6 +13,7 @@ symbol scope *before* ``mlx.core`` is first imported is used instead. Two librar
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import importlib.util
@@ -36,10 +37,17 @@ _loaded: str | None = None  # what preload() found; a process can only choose on
 
 
 def cache_dir() -> Path:
-    """Where this package keeps what it can make again: ``$MLX_KVPRUNE_CACHE`` or ``~/.cache/mlx-kvprune``."""
+    """Where this package keeps what it can make again: ``$MLX_KVPRUNE_CACHE`` or ``~/.cache/mlx-kvprune``.
+
+    Raises:
+        ValueError: neither is known.
+    """
     if chosen := os.environ.get("MLX_KVPRUNE_CACHE"):
         return expand(chosen)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx-kvprune"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx-kvprune"
+    except RuntimeError as error:
+        raise ValueError("[cache] no home folder; got a user without one; try MLX_KVPRUNE_CACHE=/a/folder") from error
 
 
 def wheel_library() -> Path | None:
@@ -100,8 +108,9 @@ def preload() -> str | None:
 
 
 def _candidates() -> list[str]:
-    library = wheel_library()
-    shim = [str(shim_path(library))] if library else []
+    library, shim = wheel_library(), []
+    with contextlib.suppress(ValueError):  # who has no home folder has no shim either
+        shim = [str(shim_path(library))] if library else []
     return [*shim, "libopenblas.so.0"]
 
 

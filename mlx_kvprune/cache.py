@@ -20,7 +20,7 @@ from mlx_kvprune.rope import Rope, Shared, Turning, position_scale, unrotate
 from mlx_kvprune.scorers import Held, Probe, Scorer, Seen
 from mlx_kvprune.scorers.base import HEARD, State
 from mlx_kvprune.settings import PAGE, CacheSettings
-from mlx_kvprune.slots import Contest, LayerSlots, PagedPool, Part, best_of_spans, order_key, plain
+from mlx_kvprune.slots import Contest, LayerSlots, PagedPool, Part, plain
 from mlx_kvprune.storage import pool_specs
 
 MOST_HEADS = 64  # a head may hold this many times the mean, unless ``attach`` knows the model
@@ -512,7 +512,7 @@ class PrunedKVCache:
         scores = mx.where(positions < 0, -mx.inf, scores)
         wanted = scores if self.scorer.least is None else mx.where(scores < self.scorer.least, -mx.inf, scores)
         if floor := self.turn_slots():
-            safe = best_of_spans(order_key(scores, positions), positions, (0, *self.turns), floor)
+            safe = self.held.best_of_turns(n, scores, positions, (0, *self.turns), floor)
             wanted = mx.where(safe & (positions >= 0), mx.inf, wanted)
         return self.held.contest(n, wanted)
 

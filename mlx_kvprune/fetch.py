@@ -27,6 +27,7 @@ from mlx_kvprune.progress import Progress
 
 BLOCK = 1 << 20
 DAY_S = 86_400
+TRIES = 5  # to put a directory in its place, which several processes may do at once
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 HUB_SCRIPT = (
     "import sys; from huggingface_hub import hf_hub_download as get; get(*sys.argv[1:3], local_dir=sys.argv[3])"
@@ -88,6 +89,10 @@ def fetch(source: Source, folder: Path, progress: Progress) -> Path:
             break
         except _Unreachable as problem:
             problems.append(str(problem))
+        except ValueError:  # another process may have finished meanwhile, and taken its wheels away
+            if not is_whole(whole, source.bytes, source.sha256):
+                raise
+            break
     else:
         raise ValueError(
             f"[pull] cannot fetch {source.file}; got {'; '.join(problems)}; "
@@ -243,11 +248,14 @@ def _sweep(folder: Path) -> None:
 
 def install(made: Path, place: Path) -> None:
     """Rename the finished directory ``made`` to ``place``; what was there before is moved into ``made``'s parent."""
-    try:
-        os.replace(made, place)
-    except OSError:  # a directory is there: a damaged one, or another process was faster
-        os.replace(place, made.with_name("replaced"))
-        os.replace(made, place)
+    for n in range(TRIES):
+        try:
+            os.replace(made, place)
+            return
+        except OSError:  # a directory is there: a damaged one, or another process was faster
+            with suppress(OSError):  # and took that away
+                os.replace(place, made.with_name(f"replaced-{n}"))
+    os.replace(made, place)
 
 
 def as_source(content: dict[str, Any]) -> Source:

@@ -114,6 +114,15 @@ def _check(gguf: GGUF, dtype: str) -> None:
         )
     if (scaling := gguf.get("rope.scaling.type", "none")) != "none":
         raise ValueError(f"[gguf] RoPE scaling is not supported; got {scaling!r}; try a Hugging Face repo of the model")
+    if (pieces := gguf.fields.get("split.count", 0)) > 1:
+        raise ValueError(
+            f"[gguf] {gguf.path.name} is a piece of a file that was split; got one of {pieces}; try llama-gguf-split --merge"
+        )
+    layers = gguf.get("block_count", 0)
+    if missing := [i for i in range(layers) if f"blk.{i}.attn_q.weight" not in gguf.tensors]:
+        raise ValueError(
+            f"[gguf] {gguf.path.name} lacks tensors; got none of layer {missing[0]} of {layers}; try to download it again"
+        )
 
 
 def _named(gguf: GGUF) -> Iterator[tuple[str, Tensor]]:
@@ -141,6 +150,10 @@ def _halves(gguf: GGUF, name: str, rows: np.ndarray) -> np.ndarray:
     heads = {"q_proj": gguf.get("attention.head_count"), "k_proj": _kv_heads(gguf)}.get(name.split(".")[-1])
     if gguf.architecture != "llama" or heads is None:
         return rows
+    if len(rows) % (2 * heads):
+        raise ValueError(
+            f"[gguf] {gguf.path.name} is damaged; got {len(rows)} rows of {name} for {heads} heads; try to download it again"
+        )
     return rows.reshape(heads, -1, 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
 
 
@@ -181,6 +194,7 @@ def model_config(gguf: GGUF) -> dict[str, Any]:
     """config.json's description of the model, from the GGUF's metadata."""
     try:
         shared = _shared_config(gguf)
+        window = None if gguf.architecture == "llama" else gguf.fields["gemma3.attention.sliding_window"]
     except KeyError as error:
         raise ValueError(f"[gguf] {gguf.path.name} lacks metadata; got no {error.args[0]}; try another file") from error
     if gguf.architecture == "llama":
@@ -191,7 +205,7 @@ def model_config(gguf: GGUF) -> dict[str, Any]:
         "model_type": "gemma3_text",
         "architectures": ["Gemma3ForCausalLM"],
         "hidden_activation": "gelu_pytorch_tanh",
-        "sliding_window": gguf.get("attention.sliding_window"),
+        "sliding_window": window,
         "sliding_window_pattern": 6,  # this and the next two are constants of Gemma 3, not in the file
         "rope_local_base_freq": 10000.0,
         "query_pre_attn_scalar": shared["head_dim"],

@@ -70,12 +70,30 @@ def _card(path: Path) -> ModelCard:
     content = tomllib.loads(path.read_text(encoding="utf-8"))
     name = path.parent.name
     about = {key: value for key, value in content.items() if key not in ("gguf", "wheels")}
-    on_disk = tuple(dtype for dtype in gguf.DTYPES if (_home(name, dtype) / MANIFEST).is_file())
+    on_disk = tuple(dtype for dtype in gguf.DTYPES if _is_made(name, dtype))
     return ModelCard(name=name, source=as_source(content), on_disk=on_disk, **about)
 
 
 def _home(name: str, dtype: str) -> Path:
     return cache_dir() / "models" / f"{name}-{dtype}"
+
+
+def _is_made(name: str, dtype: str) -> bool:
+    """Whether it is on disk, as far as that can be seen: the folder may be somebody else's."""
+    try:
+        return (_home(name, dtype) / MANIFEST).is_file()
+    except (OSError, ValueError):
+        return False
+
+
+def _exists(home: Path) -> bool:
+    try:
+        return home.exists()
+    except OSError as error:
+        raise ValueError(
+            f"[load] the folder of models cannot be read; got {error.strerror} in {home.parent}; "
+            "try MLX_KVPRUNE_CACHE=/a/folder"
+        ) from error
 
 
 def load(name: str | Path, *, dtype: str | None = None) -> tuple[nn.Module, TokenizerWrapper]:
@@ -150,7 +168,7 @@ def _locate(name: str | Path, dtype: str | None) -> Path:
         return pull(name, dtype=dtype)
     asked, dtype = dtype, dtype or _default_dtype(card.own_dtype)
     home = _home(card.name, dtype)
-    if not home.exists():
+    if not _exists(home):
         return pull(name, dtype=dtype)
     if problem := damage(home, card.source.sha256):
         raise ValueError(_damaged(name, asked, problem))
@@ -174,7 +192,7 @@ def _on_cpu() -> bool:
 
 def _made(home: Path, digest: str, dtype: str, get: Callable[[], Path], progress: Progress, *, thorough: bool) -> Path:
     """``home`` if it is whole, else made from the GGUF that ``get`` returns."""
-    if home.exists() and not damage(home, digest, thorough=thorough):
+    if _exists(home) and not damage(home, digest, thorough=thorough):
         return home
     source = read(get())
     weights = sum(math.prod(tensor.shape) for tensor in source.tensors.values())
@@ -185,7 +203,8 @@ def _made(home: Path, digest: str, dtype: str, get: Callable[[], Path], progress
         scales = "float32" if _on_cpu() else gguf.HALF.get(source.architecture, "float16")
         gguf.convert(source, made, dtype, scales=scales, progress=partial(progress, f"converting to {dtype}"))
         _seal(made, source, digest, dtype)
-        install(made, home)
+        if not (home.exists() and not damage(home, digest)):  # else another process was faster
+            install(made, home)
     return home
 
 
@@ -222,6 +241,8 @@ def damage(folder: Path, digest: str, *, thorough: bool = False) -> str | None:
                 return f"{name} with a wrong sha256"
     except FileNotFoundError as error:
         return f"no {Path(error.filename).name}"
+    except OSError as error:
+        return f"{error.strerror} at {error.filename}"
     except (ValueError, KeyError, TypeError, AttributeError):
         return f"an unreadable {MANIFEST}"
     return None

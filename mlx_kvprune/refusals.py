@@ -10,7 +10,7 @@ import mlx.nn as nn
 
 from mlx_kvprune.ladder import Rung, why_unranked
 from mlx_kvprune.policy import Policy
-from mlx_kvprune.rope import check_rankable, find_rope
+from mlx_kvprune.rope import check_rankable, find_rope, unrotate
 from mlx_kvprune.settings import CacheSettings
 
 
@@ -66,6 +66,11 @@ def check_policy(rung: Rung, policy: Policy, settings: CacheSettings) -> None:
         raise ValueError(
             f"[policy] {policy.name} needs the model's rotary module; got an attention without one; try snapkv"
         )
+    if "rope" in needs and (by_length := next(filter(None, map(_rotates_by_length, rung.layers)), "")):
+        raise ValueError(
+            f"[policy] {policy.name} turns queries back, which a rotation by the length of the text does not allow; got "
+            f"{by_length}; try snapkv"
+        )
 
 
 def why_no_ranks(model: nn.Module, rung: Rung, replaced: Callable[[Callable[[int], Any]], list[Any]]) -> str:
@@ -96,6 +101,17 @@ def _rotates_a_part(layer: Any) -> bool:
     except ValueError:
         return True
     return False
+
+
+def _rotates_by_length(layer: Any) -> str:
+    """The class of a rotary module that does otherwise beyond the length that it was made for; empty if it does not."""
+    rope = find_rope(layer.attention)
+    limit = getattr(rope, "max_position_embeddings", None)
+    if rope is None or not isinstance(limit, int):
+        return ""
+    x, start = mx.sin(mx.arange(4 * layer.shape.key_dim, dtype=mx.float32)).reshape(1, 1, 4, -1), limit + 100
+    back = unrotate(rope, rope(mx.array(x), offset=start), start)
+    return "" if mx.allclose(back, x, atol=0.1).item() else type(rope).__name__
 
 
 def _rotates_unseen(attention: nn.Module) -> bool:

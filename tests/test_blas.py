@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -38,3 +39,17 @@ def test_no_compiler_gives_none(monkeypatch, tmp_path):
     monkeypatch.setenv("CXX", "/no/such/compiler")
     monkeypatch.setenv("MLX_KVPRUNE_CACHE", str(tmp_path))
     assert blas.build() is None
+
+
+def test_no_home_folder(monkeypatch):
+    """A user without one, as in some containers: the import works, and what needs a folder says how to name one."""
+
+    def none() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    for name in ("MLX_KVPRUNE_CACHE", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(blas.Path, "home", none)
+    assert blas._candidates() == ["libopenblas.so.0"]
+    with pytest.raises(ValueError, match=r"no home folder; got a user without one; try MLX_KVPRUNE_CACHE=/a/folder"):
+        blas.cache_dir()

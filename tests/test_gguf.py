@@ -355,6 +355,42 @@ def test_damaged_vocabulary(tmp_path):
     one_line(error)
 
 
+def test_a_broken_merge(tmp_path):
+    """Of which the tokenizers' library says so by an exception of no kind."""
+    source = gguf_reader.read(tiny_gguf.write(tmp_path / "tiny.gguf").path)
+    source.fields["tokenizer.ggml.merges"][0] = "nobody knows"
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match=r"tokenizer in tiny\.gguf is damaged.* try to download it again") as error:
+        gguf.convert(source, tmp_path / "out", "float32")
+    one_line(error)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "harm", "said"),
+    [
+        (
+            "llama",
+            lambda s: s.fields.update({"split.count": 2}),
+            "a piece of a file that was split; got one of 2; try llama",
+        ),
+        ("llama", lambda s: s.tensors.pop("blk.1.attn_q.weight"), "lacks tensors; got none of layer 1 of 2"),
+        (
+            "llama",
+            lambda s: s.fields.update({"llama.attention.head_count": 5}),
+            r"got 64 rows of model.layers.0.*for 5 heads",
+        ),
+        ("gemma3", lambda s: s.fields.pop("gemma3.attention.sliding_window"), "got no gemma3.attention.sliding_window"),
+    ],
+)
+def test_files_that_are_not_whole(tmp_path, architecture, harm, said):
+    source = gguf_reader.read(tiny_gguf.write(tmp_path / "tiny.gguf", architecture).path)
+    harm(source)
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match=said) as error:
+        gguf.convert(source, tmp_path / "out", "float32")
+    one_line(error)
+
+
 def test_unknown_dtype_and_no_blocks(tmp_path):
     written = tiny_gguf.write(tmp_path / "tiny.gguf")
     assert "'int3'" in refused(written, tmp_path / "a", "int3")

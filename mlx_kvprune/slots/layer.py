@@ -12,6 +12,7 @@ import numpy as np
 from mlx_kvprune.numerics import device
 from mlx_kvprune.quantize import PAGE, Codec
 from mlx_kvprune.rope import Turning
+from mlx_kvprune.slots.choose import best_of_spans, grouped, order_key
 from mlx_kvprune.slots.format import Format, plain
 from mlx_kvprune.slots.pages import Candidates, PagedPool, PageWrites
 from mlx_kvprune.slots.parts import PagedPart, Part, Ranks
@@ -377,6 +378,29 @@ class LayerSlots:
         index = mx.arange(self.ring.count)
         leaves = (index >= self.pinned()) & (index < self.pinned() + n)
         return self._joined([pool.heads_positions() for pool in self.pools], mx.where(leaves, ring, -1))
+
+    def best_of_turns(
+        self, n: int, scores: mx.array, positions: mx.array, starts: tuple[int, ...], floor: int
+    ) -> mx.array:
+        """Which of what competes when ``n`` tokens leave the ring are among the ``floor`` best of their turn ``(B, H_kv, S)``.
+
+        Where slots are written some together, these are chosen together: one that is safe makes all of them so.
+
+        Args:
+            scores: of everything held ``(B, H_kv, S)``.
+            positions: as ``competing(n)`` gives them.
+            starts: first position of each turn, and of what follows the last finished one.
+        """
+        granule = self.last.format.granule if self.pools else 1
+        if granule == 1:
+            return best_of_spans(order_key(scores, positions), positions, starts, floor)
+        pooled, first = self._pool_width(), self._pool_width() + self.pinned()
+        both = lambda x: mx.concatenate([x[:, :, :pooled], x[:, :, first : first + n]], axis=2)
+        some, at = grouped(both(scores), both(positions), granule)
+        safe = mx.repeat(best_of_spans(order_key(some, at), at, starts, floor // granule), granule, axis=2)
+        none = mx.zeros(positions.shape, mx.bool_)
+        parts = [safe[:, :, :pooled], none[:, :, pooled:first], safe[:, :, pooled:], none[:, :, first + n :]]
+        return mx.concatenate(parts, axis=2)
 
     def rows(self, name: str) -> mx.array:
         """``keys`` or ``values`` of everything held ``(B, H_kv, S, D)``, in the same order."""

@@ -50,3 +50,17 @@ def test_sums_of_many_values_fit_into_float16(slots, value):
     view = View((Part(plain(keys), plain(values)), Part(plain(keys[:, :, :4]), plain(ring))))
     out = np.array(attend_ops(queries, view, 0.1).out.astype(mx.float32))
     np.testing.assert_allclose(out, value, rtol=2.0**-9)
+
+
+@pytest.mark.parametrize("value", [900, 2000, 12_000])
+def test_large_float16_values_are_those_of_stock(value):
+    """One slot that gets all attention, and in one channel holds a value as outliers do."""
+    rng = np.random.default_rng(0)
+    keys, values = (rng.normal(size=(1, 1, 300, 64)).astype(np.float32) for _ in range(2))
+    values[0, 0, 17, 5] = value
+    queries = mx.array(np.broadcast_to(4 * keys[:, :, 17:18], (1, 2, 1, 64))).astype(mx.float16)
+    keys, values = mx.array(keys).astype(mx.float16), mx.array(values).astype(mx.float16)
+    parts = [Part(plain(keys[:, :, at]), plain(values[:, :, at])) for at in (slice(290), slice(290, 300))]
+    found = attend_ops(queries, View(tuple(parts)), 0.125).out
+    stock = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=0.125, mask=None)
+    np.testing.assert_allclose(found.astype(mx.float32), stock.astype(mx.float32), rtol=5e-3, atol=5e-3)

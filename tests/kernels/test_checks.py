@@ -10,7 +10,8 @@ import warnings
 import mlx.core as mx
 import pytest
 
-from mlx_kvprune.kernels import checks, launch
+from mlx_kvprune.attend import Attended, View, _error, attend_ops
+from mlx_kvprune.kernels import attend_slots, checks, launch
 
 
 class Fake:
@@ -204,6 +205,23 @@ def test_a_module_that_misses_another_is_not_passed_over(monkeypatch):
     monkeypatch.setattr(checks, "import_module", load)
     with pytest.raises(ModuleNotFoundError):
         checks.checks()
+
+
+def test_a_kernel_that_gives_no_numbers_is_found_out(monkeypatch):
+    """Also where only packed rows do, or only weights."""
+    none = mx.array(float("nan"))
+
+    def broken(queries, parts, scale, sinks=None, weights=False):
+        got = attend_ops(queries, View(parts), scale, None, sinks, True)
+        packed = parts[0].keys.codec.bits is not None
+        return (got.out * none if packed else got.out), tuple(x.mean(axis=2, keepdims=True) for x in got.weights or ())
+
+    monkeypatch.setattr(attend_slots, "attend_slots", broken)
+    assert not attend_slots.self_check() <= attend_slots.LIMIT
+    out, weights = mx.ones((1, 2, 1, 4)), mx.ones((1, 1, 2, 1, 4))
+    assert not _error(Attended(out, (weights * none,)), Attended(out, (weights,))) <= 1e-3
+    assert not _error(Attended(out * none, (weights,)), Attended(out, (weights,))) <= 1e-3
+    assert _error(Attended(out, (weights,)), Attended(out, (weights,))) == 0
 
 
 @pytest.mark.parametrize("name", checks.MODULES)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+from dataclasses import replace
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -51,6 +54,19 @@ def test_logits_are_those_of_plain_operations(model, settings):
     assert ("pack_rows" in used) == ("kv_bits" in settings or "kv_key_bits" in settings)
     assert ("choose_slots" in used) == (settings.get("allocator", "uniform") == "uniform")
     assert ("slot_mass" in used) == (settings["policy"] in ("h2o", "tova"))
+
+
+def test_a_pool_of_few_slots_is_left_to_plain_operations(model):
+    """Of which scales are fewer numbers than a kernel can be handed."""
+    for budget in (116, 192):
+        cache = kvp.make_cache(model, "knorm", budget=budget, kv_bits=4, kv_group_size=32, block=32)
+        cache[0].held.specs = tuple(replace(spec, limit=min(spec.limit, 1)) for spec in cache[0].held.specs)
+        tokens = mx.random.randint(0, 50, (1, 300), key=mx.random.key(3))
+        wanted = np.array(model(tokens, cache=copy.deepcopy(cache)))
+        with recorded() as recorder:
+            found = np.array(model(tokens, cache=cache))
+        assert np.abs(found - wanted).max() < 2e-4
+        assert cache[0].held.last.count == 1 and "attend_slots" in recorder.reports
 
 
 def test_launches_of_a_decoded_token(model):
