@@ -183,11 +183,10 @@ def _in_steps(call: Call, inputs: mx.array, caches: Any, bounded: list[PrunedKVC
         output = call(inputs[:, span], cache=caches, **_cut(kwargs, span, total))
         if isinstance(bounded[0].scorer, Surprise):
             note_surprise(bounded, inputs[:, span], logits_of(output))
+        waits = moved or lead.dense or isinstance(lead.scorer, Surprise)  # which would hold the logits meanwhile
         if total > 1:
             mx.eval(pending(caches))
-        elif (
-            moved or lead.dense or isinstance(lead.scorer, Surprise)
-        ):  # lest it keep the logits of every token until then
+        elif waits:
             mx.async_eval(pending(bounded))
         _note_peak(bounded)
         out.append(output)
