@@ -14,11 +14,10 @@ import numpy as np
 from mlx_kvprune.allocators import floor_pages, share_pages
 from mlx_kvprune.attend import Attended, Mask, View, among_new, attend, backend
 from mlx_kvprune.batch import BatchPrunedKVCache
-from mlx_kvprune.numerics import device
 from mlx_kvprune.policy import policy_for
 from mlx_kvprune.rope import Rope, Shared, Turning, position_scale, unrotate
 from mlx_kvprune.scorers import Held, Probe, Scorer, Seen
-from mlx_kvprune.scorers.base import HEARD, State
+from mlx_kvprune.scorers.base import HEARD, State, recent_without
 from mlx_kvprune.settings import PAGE, CacheSettings
 from mlx_kvprune.slots import Contest, LayerSlots, PagedPool, Part, plain
 from mlx_kvprune.storage import pool_specs
@@ -306,7 +305,7 @@ class PrunedKVCache:
         shift = stop - start if close else 0
         turn = self._turn_back if shift and self.settings.positions == "text" and self.rope is not None else None
         if (queries := self.signals.pop("queries", None)) is not None:
-            self.signals |= self._queries_without(queries, start, stop, shift, turn)
+            self.signals |= recent_without(queries, self.held.written, start, stop, shift, turn)
         self.held.drop(start, stop, shift, turn)
         self.planned = None
         turns = (x if x <= start else max(start, x - shift) for x in self.turns)
@@ -314,18 +313,6 @@ class PrunedKVCache:
         self._set_offset(self.held.written)
         self._note_peak()
         mx.eval(self.pending)
-
-    def _queries_without(
-        self, queries: mx.array, start: int, stop: int, shift: int, turn: Callable[[mx.array, int], mx.array] | None
-    ) -> State:
-        """The newest queries ``(B, H_q, w, D)`` that a scorer remembers, without those of the positions ``start .. stop - 1``;
-        later ones stay as far from the keys as they were. In front of a gap that stays they are forgotten: scorers take them
-        for neighbours."""
-        at = np.arange(self.held.written - queries.shape[2], self.held.written)
-        later = queries[:, :, device(np.flatnonzero(at >= stop))]
-        earlier = queries[:, :, device(np.flatnonzero(at < start))][:, :, : None if shift else 0]
-        kept = mx.concatenate([earlier, turn(later, shift) if turn and later.shape[2] else later], axis=2)
-        return {"queries": kept} if kept.shape[2] else {}
 
     def check_drop(self, close: bool) -> None:
         """Raise ``ValueError`` where closing a gap would turn quantized keys, or empty slots would be attended to."""

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import mlx.core as mx
+import numpy as np
 
-from mlx_kvprune.numerics import softmax
+from mlx_kvprune.numerics import device, softmax
 
 if TYPE_CHECKING:
     from mlx_kvprune.scorers.probe import Probe
@@ -149,6 +150,26 @@ def recent(state: State, queries: mx.array, n: int) -> State:
     if "queries" in state and queries.shape[2] < n:
         queries = mx.concatenate([state["queries"], queries], axis=2)
     return {**state, "queries": mx.contiguous(queries[:, :, -n:])}
+
+
+def recent_without(
+    queries: mx.array, written: int, start: int, stop: int, shift: int, turn: Callable[[mx.array, int], mx.array] | None
+) -> State:
+    """What ``recent`` remembers without the queries of the positions ``start .. stop - 1``; nothing if none are left.
+
+    In front of a gap that stays they are forgotten, too: scorers take what is remembered for neighbours.
+
+    Args:
+        queries: the newest ``(B, H_q, w, D)``.
+        written: one more than the position of the last of them.
+        shift: by how much later positions move back; 0 for a gap that stays.
+        turn: rotates rows back by a shift; None where they are not rotated.
+    """
+    at = np.arange(written - queries.shape[2], written)
+    later = queries[:, :, device(np.flatnonzero(at >= stop))]
+    earlier = queries[:, :, device(np.flatnonzero(at < start))][:, :, : None if shift else 0]
+    kept = mx.concatenate([earlier, turn(later, shift) if turn and later.shape[2] else later], axis=2)
+    return {"queries": kept} if kept.shape[2] else {}
 
 
 def attention_of(queries: mx.array, held: Held) -> mx.array:
