@@ -31,8 +31,8 @@ def placed(model: Any, settings: CacheSettings, prompt_tokens: int, max_tokens: 
         reason = "positions are those of the text"
     elif settings.policy == "full":
         reason = "policy full keeps everything"
-    elif settings.budget.nbytes is None and (settings.budget.tokens or limit + 1) > limit:
-        reason = f"the budget of {settings.budget} leaves room for more than it"
+    elif settings.budget.nbytes is None and settings.budget.tokens is None:
+        reason = "the budget has no bound"
     else:
         reason = cannot_rank(model)
     if not reason:

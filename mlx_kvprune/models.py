@@ -203,7 +203,7 @@ def _made(home: Path, digest: str, dtype: str, get: Callable[[], Path], progress
         scales = "float32" if _on_cpu() else gguf.HALF.get(source.architecture, "float16")
         gguf.convert(source, made, dtype, scales=scales, progress=partial(progress, f"converting to {dtype}"))
         _seal(made, source, digest, dtype)
-        if not (home.exists() and not damage(home, digest)):  # else another process was faster
+        if not home.exists() or damage(home, digest, thorough=thorough):  # else another process was faster
             install(made, home)
     return home
 

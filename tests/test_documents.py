@@ -110,6 +110,9 @@ def test_too_long_for_the_model_is_refused():
     assert placed(model, text, 500, 10, "ask") == text
     assert placed(model, auto, 500, 10, "ask").positions == "text"
     assert placed(model, auto, 500, 13, "ask").positions == "cache"
+    assert placed(model, auto.but(budget=4096), 500, 13, "ask").positions == "cache", "of which it uses 512"
+    with pytest.raises(ValueError, match=r"the budget has no bound; .* or --budget 512"):
+        placed(model, auto.but(budget=None), 500, 13, "ask")
     with pytest.raises(ValueError, match="policy full keeps everything"):
         placed(model, auto.but(policy="full"), 500, 13, "ask")
     kvp.detach(model)
@@ -148,6 +151,8 @@ def test_no_head_holds_more_than_the_model_was_trained_for(allocator):
     ("allocator", "budget", "more"),
     [
         ("pyramid", 450, {}),
+        ("uniform", 4096, {}),
+        ("global", 4096, {}),
         ("uniform", "2MB", {}),
         ("head_adaptive", "2MB", {}),
         ("global", "2MB", {"kv_fine_tokens": 32, "kv_bits": 8, "kv_group_size": 32, "kv_fine_bits": None}),

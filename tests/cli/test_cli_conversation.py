@@ -16,6 +16,7 @@ from mlx_kvprune.cli.commands import changed
 from mlx_kvprune.cli.conversation import Conversation
 from mlx_kvprune.cli.options import SamplingOptions
 from mlx_kvprune.cli.stream import Stop
+from mlx_kvprune.forward import pruned
 
 END = 2
 POLICIES = [("full", None), ("window", 4096), ("window", 128), ("snapkv", 128), ("surprise", 128)]
@@ -393,11 +394,14 @@ def test_a_policy_that_has_no_room_for_the_history_is_refused(tmp_path_factory):
         say(talk, "The sea was calm that night. " * 2)
     before = talk.cache, talk.settings, talk.seen
     assert len(talk.tokens) > 300
-    for policy, budget in (("full", None), ("window", 1000)):
+    for policy, budget in (("full", None), ("window", None)):
         with pytest.raises(ValueError, match=r"\[policy\] the history is longer .* the limit is 300; try"):
             talk.change(endless(talk.model, settings_from(policy=policy, budget=budget, positions="auto")))
         assert (talk.cache, talk.settings, talk.seen) == before
     say(talk, "Go on.")
+    talk.change(endless(talk.model, settings_from(policy="window", budget=1000, positions="auto")))
+    say(talk, "Go on.")
+    assert all(c.slots == 300 for c in pruned(talk.cache)), "no more than the model has positions"
 
 
 def test_what_a_stopped_answer_took_back_can_be_saved(loaded, tmp_path):
