@@ -181,7 +181,8 @@ def test_other_bad_input(tiny, short, fable):
     one_line(run("generate", "--prompt", "caf\udce9"), r"\[prompt\] not text; got bytes that are not UTF-8")
     one_line(run("ask", fable, "-q", "Who?", "--policy", "prob"), "unknown; got 'prob'; try .*'probe'")
     one_line(run("ask", fable, "-q", "Who?", "--budget", "20", "--model", str(tiny)), "too small")
-    one_line(run("ask", fable, "-q", "Who?", "--model", str(short)), "the limit is 300; try .* or --budget 300")
+    text = ["--model", str(short), "--positions", "text"]
+    one_line(run("ask", fable, "-q", "Who?", *text), "the limit is 300; try .* or --positions cache")
 
 
 def one_line(result, message: str) -> None:

@@ -147,11 +147,15 @@ def assert_one_line(stderr: str, message: str) -> None:
         (["--prompt", ""], "", r"\[prompt\] empty"),
         ([], "", r"\[prompt\] empty"),
         (
-            ["--model", "{short}", "--prompt", "x" * 280],
+            ["--model", "{short}", "--positions", "text", "--prompt", "x" * 280],
             "",
             r"\[context\] .*; got \d+ \+ 256 tokens, the limit is 300; try",
         ),
-        (["--model", "{short}", "--prompt", "x" * 400], "", r"\[context\] .*; try a shorter text or --budget 300"),
+        (
+            ["--model", "{short}", "--positions", "text", "--prompt", "x" * 400],
+            "",
+            r"\[context\] .*; try a shorter text or --positions cache",
+        ),
         (["--model", "{tiny}", "--policy", "probe", "--prompt", "x"], "", r"needs a question; got none; try `ask`"),
         (
             ["--model", "{tiny}", "--budget", "2KB", "--prompt", "x"],

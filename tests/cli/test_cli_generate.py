@@ -171,11 +171,13 @@ def test_heads_that_differ_are_told_on_average(tiny, capsys):
 
 def test_positions_in_the_cache_read_past_the_trained_context(short, capsys):
     words = ["generate", "--model", str(short), "--prompt", "b" * 400, "-m", "8", "--json"]
-    for extra in (["--positions", "text"], ["--budget", "400", "--positions", "cache"], ["--policy", "full"]):
+    for extra in (["--positions", "text"], ["--policy", "full"]):
         assert cli.main([*words, *extra]) == 2
         assert "the limit is 300" in capsys.readouterr().err
-    assert cli.main([*words, "--budget", "128"]) == 0
-    assert json.loads(capsys.readouterr().out)["tokens_seen"] > 400
+    for budget in ("128", "1000", "64MB"):  # of which no more is used than the model has positions
+        assert cli.main([*words, "--policy", "window", "--budget", budget]) == 0
+        told = json.loads(capsys.readouterr().out)
+        assert told["tokens_seen"] > 400 and told["slots_held"] <= min(300, 128 if budget == "128" else 300)
 
 
 def test_policies(capsys):
