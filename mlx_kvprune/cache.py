@@ -516,7 +516,7 @@ class PrunedKVCache:
         return self.turn_slots() * len(self.turns)
 
     @property
-    def paged(self) -> PagedPool:
+    def ragged_pool(self) -> PagedPool:
         """The pool whose heads compete for pages."""
         pool = self.held.last
         assert isinstance(pool, PagedPool)
@@ -525,21 +525,21 @@ class PrunedKVCache:
     def share(self, contest: Contest) -> Any:
         """Pages of each head where the heads of this layer alone compete, those of one sequence with each other."""
         assert contest.candidates is not None
-        heads, ranked = self.paged.heads // self.paged.batch, contest.candidates.ranked
+        heads, ranked = self.ragged_pool.kv_heads, contest.candidates.ranked
         floor = floor_pages(self.page_limit, heads, self.settings, self.protected)
         rows = [ranked[start : start + heads] for start in range(0, len(ranked), heads)]
-        share = lambda row: share_pages(row, self.page_limit, floor, self.paged.units, self.most_pages)
+        share = lambda row: share_pages(row, self.page_limit, floor, self.ragged_pool.units, self.most_pages)
         return np.concatenate([share(row) for row in rows])
 
     @property
     def page_limit(self) -> int:
         """Pages of this layer's equal share of a sequence's budget."""
-        return self.paged.limit // self.paged.batch
+        return self.ragged_pool.limit // self.ragged_pool.batch
 
     @property
     def pool_slots(self) -> int:
         """Slots of this layer's equal share of a sequence's budget, over all its heads: seldom whole pages."""
-        return self.paged.heads // self.paged.batch * self.held.specs[-1].limit
+        return self.ragged_pool.kv_heads * self.held.specs[-1].limit
 
     @property
     def most_pages(self) -> int | None:

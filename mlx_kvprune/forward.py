@@ -138,13 +138,13 @@ def _shares(caches: list[PrunedKVCache]) -> list[Any]:
     """Pages of each head, for every cache whose heads compete: within the layer, or all with all."""
     if not caches or caches[0].settings.allocator != "global":
         return [c.share(c.planned) for c in caches if c.planned is not None]
-    rows = [_share_all(caches, row) for row in range(caches[0].paged.batch)]
+    rows = [_share_all(caches, row) for row in range(caches[0].ragged_pool.batch)]
     return [np.concatenate(layer) for layer in zip(*rows, strict=True)]
 
 
 def _share_all(caches: list[PrunedKVCache], row: int) -> list[Any]:
     """Pages of each head of one sequence of a batch, layer by layer, where all of its heads compete."""
-    heads = [c.paged.heads // c.paged.batch for c in caches]
+    heads = [c.ragged_pool.kv_heads for c in caches]
     ranked = [
         keys
         for c, n in zip(caches, heads, strict=True)
@@ -153,7 +153,7 @@ def _share_all(caches: list[PrunedKVCache], row: int) -> list[Any]:
     ]
     pages = pages_of_all(caches)
     floor = floor_pages(pages, len(ranked), caches[0].settings, caches[0].protected)
-    shares = share_pages(ranked, pages, floor, caches[0].paged.units, caches[0].most_pages)
+    shares = share_pages(ranked, pages, floor, caches[0].ragged_pool.units, caches[0].most_pages)
     return np.split(shares, np.cumsum(heads)[:-1])
 
 

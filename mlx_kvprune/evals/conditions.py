@@ -13,6 +13,7 @@ import mlx.nn as nn
 from mlx_kvprune.attach import gates_of, hooked, make_cache, settings_from
 from mlx_kvprune.documents import prefill
 from mlx_kvprune.forward import leaves
+from mlx_kvprune.gates import Gates
 from mlx_kvprune.gates.files import method_at, threshold_of
 from mlx_kvprune.policy import POLICIES, Policy, find, knows_question
 from mlx_kvprune.report import CacheReport, report
@@ -231,12 +232,8 @@ def with_gates(model: nn.Module, conditions: Iterable[Condition]) -> tuple[list[
 
 def gate_id(model: nn.Module, condition: Condition) -> str:
     """Tells the gates that a condition asks from others that may lie in the same file later; empty if it asks none."""
-    if not find(condition.policy).gates:
-        return ""
-    hooked(model)
-    return gates_of(
-        model, settings_from(policy=condition.policy, gates=dict(condition.more).get("gates", ""))
-    ).identity()
+    gates = _gates(model, condition)
+    return "" if gates is None else gates.identity()
 
 
 def gate_bytes(model: nn.Module, condition: Condition) -> int:
@@ -245,10 +242,16 @@ def gate_bytes(model: nn.Module, condition: Condition) -> int:
     Raises:
         ValueError: the model has no such gates, or cannot be bounded.
     """
+    gates = _gates(model, condition)
+    return 0 if gates is None else gates.nbytes
+
+
+def _gates(model: nn.Module, condition: Condition) -> Gates | None:
+    """The gates that a condition asks, if its policy asks any."""
     if not find(condition.policy).gates:
-        return 0
+        return None
     hooked(model)
-    return gates_of(model, settings_from(policy=condition.policy, gates=dict(condition.more).get("gates", ""))).nbytes
+    return gates_of(model, settings_from(policy=condition.policy, gates=dict(condition.more).get("gates", "")))
 
 
 def without_question(conditions: Iterable[Condition]) -> tuple[list[Condition], list[str]]:

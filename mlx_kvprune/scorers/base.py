@@ -57,6 +57,10 @@ class Held:
         """Which slots hold something ``(B, H_kv, S)`` bool."""
         return self.positions >= 0
 
+    def observed(self, last: int) -> mx.array:
+        """Which slots hold one of the ``last`` tokens ``(B, H_kv, S)`` bool: an observation window, never evicted."""
+        return self.live & (self.positions >= self.now - last)
+
     def in_place(self, queries: mx.array) -> mx.array:
         """The newest queries ``(B, H_q, w, D)``, rotated to match ``keys``."""
         if self.turned or self.rope is None:

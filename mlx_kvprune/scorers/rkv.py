@@ -43,12 +43,11 @@ class RKV(Scorer):
         return recent(state, seen.queries, self.last)
 
     def score(self, held: Held, state: State) -> mx.array:
-        observed = held.live & (held.positions >= held.now - self.last)  # never evicted
         scores = -(1 - self.mix) * redundancy(held.keys, held.positions, self.threshold)
         if "queries" in state:  # else they were dropped
             attention = past_attention(state["queries"], held)
             scores = scores + self.mix * in_text_order(held.positions, attention, lambda x: max_pool(x, self.kernel))
-        return mx.where(observed, mx.inf, scores)
+        return mx.where(held.observed(self.last), mx.inf, scores)
 
     def state_nbytes(self, n_heads: int, head_dim: int) -> int:
         return 4 * n_heads * self.last * head_dim

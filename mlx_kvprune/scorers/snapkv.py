@@ -48,7 +48,7 @@ class SnapKV(Scorer):
         return recent(state, seen.queries, self.last)
 
     def score(self, held: Held, state: State) -> mx.array:
-        observed = held.live & (held.positions >= held.now - self.last)  # never evicted
+        observed = held.observed(self.last)
         if "queries" not in state:  # they were dropped
             return mx.where(observed, mx.inf, 0.0)
         weights = attention_of(state["queries"], held).mean(axis=3)  # (B, H_kv, gqa_factor, S)

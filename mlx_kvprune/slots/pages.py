@@ -105,6 +105,11 @@ class PagedPool:
     # -- how much --------------------------------------------------------------------------------------------------
 
     @property
+    def kv_heads(self) -> int:
+        """KV heads of one sequence."""
+        return self.heads // self.batch
+
+    @property
     def units(self) -> int:
         """What a page holds, counted in what is written together."""
         return PAGE // self.format.granule
@@ -161,7 +166,7 @@ class PagedPool:
         """Decoded ``keys`` or ``values`` ``(B, H_kv, S, D)``."""
         rows = self._rows_of(name)
         if not self.used:
-            return mx.zeros((self.batch, self.heads // self.batch, 0, rows.codec.width), self.format.dtype)
+            return mx.zeros((self.batch, self.kv_heads, 0, rows.codec.width), self.format.dtype)
         return self._by_head(rows.decoded(self.format.dtype), 0.0)
 
     def laid_out(self, x: mx.array) -> mx.array:

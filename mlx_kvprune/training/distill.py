@@ -118,10 +118,12 @@ def optimizer_for(recipe: Recipe, times: float = 1.0) -> optim.Optimizer:
 class Distiller:
     """Takes steps, one at a time, so that whoever calls can look, stop and save between them."""
 
+    times = 1.0  # the recipe's rate that gates learn with
+
     def __init__(self, gates: Gates, model: nn.Module, whitening: Whitening, recipe: Recipe):
         self.gates, self.model, self.whitening, self.recipe = gates, model, whitening, recipe
         self.done = 0
-        self.optimizer = optimizer_for(recipe)
+        self.optimizer = optimizer_for(recipe, self.times)
 
     def begin(self, readings: Sequence[Reading], made_for: str = "") -> Level:
         """Bring gates to where this training starts; returns what was done.
@@ -153,7 +155,7 @@ class Distiller:
     def shorten(self, steps: int) -> None:
         """Let rates fall, and all else that goes by steps, as if this training had so many."""
         self.recipe = replace(self.recipe, steps=steps)
-        self.optimizer = with_state_of(self.optimizer, optimizer_for(self.recipe), self.gates)
+        self.optimizer = with_state_of(self.optimizer, optimizer_for(self.recipe, self.times), self.gates)
 
     def held_out(self, readings: Sequence[Reading]) -> dict[str, float]:
         """``held_out`` of the gates as they are."""

@@ -34,10 +34,8 @@ from mlx_kvprune.training.texts import Texts, credits, plain
 from mlx_kvprune.training.whitening import Whitening
 
 BEST, WHITENING = "best.", "whitening."  # prefixes of a checkpoint's arrays
-KNOWN, SLACK = (
-    3,
-    0.95,
-)  # steps that say how long one takes; the least part of the planned steps that may stay as planned
+KNOWN = 3  # steps that say how long one takes
+SLACK = 0.95  # the part of the steps to go that must fit into the minutes, if rates are to fall as planned
 LEVELLED = 4  # texts that say where decay starts
 SPEAKS, ASKS = 1, 2  # of the seeds of texts: whether the n-th is a conversation; what is said in it
 

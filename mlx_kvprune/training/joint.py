@@ -96,10 +96,12 @@ def save_adapters(folder: Path, model: nn.Module, rank: int) -> None:
 class JointDistiller(Distiller):
     """Steps of gates and model; ``Recipe.rate`` is the model's."""
 
+    times = FASTER
+
     def __init__(self, gates: Gates, model: nn.Module, whitening: Whitening, recipe: Recipe):
         super().__init__(gates, model, whitening, recipe)
         self.pair = Pair(gates, model)
-        self.optimizer, self.model_optimizer = optimizer_for(recipe, FASTER), optimizer_for(recipe)
+        self.model_optimizer = optimizer_for(recipe)
 
     def step(self, readings: Sequence[Reading]) -> tuple[float, float]:
         rng = np.random.default_rng((self.recipe.seed, self.done))
@@ -132,10 +134,8 @@ class JointDistiller(Distiller):
         return run_live(self.model, tokens, bias_of)
 
     def shorten(self, steps: int) -> None:
-        old = self.optimizer, self.model_optimizer
         super().shorten(steps)
-        self.optimizer = with_state_of(old[0], optimizer_for(self.recipe, FASTER), self.gates)
-        self.model_optimizer = with_state_of(old[1], optimizer_for(self.recipe), self.model)
+        self.model_optimizer = with_state_of(self.model_optimizer, optimizer_for(self.recipe), self.model)
 
     def held_out(self, readings: Sequence[Reading]) -> dict[str, float]:
         """KL from the model as it was, with the full cache, of the last segment; budgets of each layer."""
